@@ -1,0 +1,1 @@
+"""Left wing: files to batches; the only place for columnar libraries."""

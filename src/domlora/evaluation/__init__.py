@@ -1,0 +1,1 @@
+"""From labels and probabilities to one table: a line a domain, then totals."""

@@ -1,0 +1,1 @@
+"""The ground: the contract that offline and online share."""

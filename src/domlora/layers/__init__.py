@@ -1,0 +1,1 @@
+"""Right wing: building blocks in torch, with no knowledge of files or losses."""

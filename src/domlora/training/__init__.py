@@ -1,0 +1,1 @@
+"""One loop, four methods: which parameters move, and which rows are read."""
