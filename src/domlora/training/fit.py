@@ -1,0 +1,304 @@
+"""The one loop: batches, loss, step, validate, stop early, best weights.
+
+Pretraining and adapting differ only in which parameters require a gradient and whether the starting point is a candidate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domlora.errors import ConfigError, EngineError, nearest
+from domlora.evaluation.evaluate import predict
+from domlora.evaluation.metrics import log_loss, macro_auc, wauc
+from domlora.features.batch import Batch
+from domlora.features.schema import Schema
+from domlora.training.average import Average
+from domlora.training.checkpoint import read_checkpoint, write_checkpoint
+from domlora.training.optimizers import Optimizer, OptimizerOptions
+
+__all__ = ["Fit", "FitOptions", "Progress", "Rows", "fit", "loss_of"]
+
+Monitor = Literal["wauc", "macro_auc"]
+Schedule = Literal["constant", "cosine"]
+
+
+class Rows(Protocol):
+    """What the loop reads: a prepared dataset, or anything with the same method."""
+
+    @property
+    def schema(self) -> Schema:
+        """What the columns mean."""
+        ...
+
+    def num_rows(self, split: str) -> int:
+        """Rows of a split."""
+        ...
+
+    def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
+        """Batches of a split; with a seed in an order that depends on seed and epoch alone."""
+        ...
+
+
+class Progress(NamedTuple):
+    """Where a run is: ``rows`` of ``total_rows`` in this epoch; ``value`` is the last validation figure, if any."""
+
+    epoch: int
+    rows: int
+    total_rows: int
+    loss: float
+    value: float | None
+    rows_per_second: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """How long and on what a model trains.
+
+    Args:
+        batch_size: rows a step.
+        max_epochs: passes over the training split at the most.
+        patience: validations without improvement after which training stops.
+        evaluations_per_epoch: click models often peak within one pass; above 1 validates inside it.
+        monitor: validation figure that decides: ``wauc`` (AUC of each domain weighted by its rows) or ``macro_auc`` (the
+            plain mean, as in the authors' code).
+        schedule: ``constant``, or ``cosine`` from the full learning rate at the start to zero at ``max_epochs``.
+        average_decay: score and keep an exponential moving average of the weights with this decay a step; 0 for none.
+        seed: order of the rows, dropout. Equal seeds give equal bits on one machine.
+    """
+
+    batch_size: int = 4096
+    max_epochs: int = 30
+    patience: int = 3
+    evaluations_per_epoch: int = 1
+    monitor: Monitor = "wauc"
+    schedule: Schedule = "constant"
+    average_decay: float = 0.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        counts = (self.batch_size, self.max_epochs, self.patience, self.evaluations_per_epoch)
+        if min(counts) < 1 or not 0 <= self.average_decay < 1:
+            raise ConfigError("fit needs counts of at least 1 and average_decay in [0, 1)", received=self)
+        for value, kind in ((self.monitor, Monitor), (self.schedule, Schedule)):
+            if value not in get_args(kind):
+                raise ConfigError("unknown option of fit", received=value, next_step=nearest(value, get_args(kind)))
+
+
+@dataclass(slots=True)
+class Fit:
+    """What a run found: the figure of the weights that the model now holds, and how it got there.
+
+    ``best_epoch`` counts passes over the data (a fraction when validating inside an epoch); 0 is the starting point.
+    ``history`` has one entry a validation: ``epoch``, ``loss`` (training), ``wauc``, ``macro_auc``, ``log_loss`` (valid).
+    """
+
+    best_value: float = -math.inf
+    best_epoch: float = 0.0
+    seconds: float = 0.0
+    rows_per_second: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def loss_of(logit: Tensor, batch: Batch) -> Tensor:
+    """Binary cross entropy, weighted by ``batch.weight`` if there is one; a scalar."""
+    return F.binary_cross_entropy_with_logits(logit, batch.label, weight=batch.weight)
+
+
+def fit(
+    model: nn.Module,
+    data: Rows,
+    options: FitOptions,
+    optimizer: OptimizerOptions,
+    *,
+    start_is_candidate: bool = False,
+    checkpoint: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Fit:
+    """Train the parameters that require a gradient; afterwards the model holds the best weights on the validation split.
+
+    Args:
+        model: ``model(ids, dense, domain)`` gives logits ``(B,)``.
+        data: has splits ``train`` and ``valid``.
+        start_is_candidate: the weights before the first step may win too, so that an adapted model is never worse on
+            validation than its base.
+        checkpoint: a folder that is rewritten after each validation; if it is there already the run goes on from it and
+            ends with the bits of an uninterrupted one.
+        on_progress: called about ten times a second.
+
+    Raises:
+        EngineError: the loss is NaN or infinite.
+        DataError: the validation split has no domain with two classes.
+    """
+    run = _Run(model, data, options, Optimizer(model, optimizer), on_progress)
+    if checkpoint is not None and checkpoint.exists():
+        run.restore(checkpoint)
+    else:
+        torch.manual_seed(options.seed)
+        run.start(start_is_candidate)
+    while run.position < run.last_position and run.misses < options.patience:
+        run.advance()
+        if checkpoint is not None:
+            write_checkpoint(checkpoint, run.tensors(), run.facts())
+    model.load_state_dict(run.best)
+    return run.result
+
+
+class _Run:
+    """State of one fit; ``position`` counts validations."""
+
+    def __init__(
+        self, model: nn.Module, data: Rows, options: FitOptions, optimizer: Optimizer, on_progress: OnProgress | None
+    ) -> None:
+        self.model, self.data, self.options, self.optimizer, self.on_progress = (
+            model,
+            data,
+            options,
+            optimizer,
+            on_progress,
+        )
+        self.average = Average(model, options.average_decay)
+        self.result = Fit()
+        self.best = _copied(model)
+        self.position = self.misses = self.steps = 0
+        self.last_position = options.max_epochs * options.evaluations_per_epoch
+        self.steps_per_epoch = math.ceil(data.num_rows("train") / options.batch_size)
+
+    def start(self, is_candidate: bool) -> None:
+        if is_candidate:
+            self.judge(self.model, 0.0, math.nan)
+
+    def advance(self) -> None:
+        """Train up to the next validation, then validate."""
+        loss = self.train()
+        self.position += 1
+        with self.average.swapped_in():
+            self.judge(self.model, self.position / self.options.evaluations_per_epoch, loss)
+
+    def train(self) -> float:
+        epoch, part = divmod(self.position, self.options.evaluations_per_epoch)
+        bounds = [self.steps_per_epoch * number // self.options.evaluations_per_epoch for number in (part, part + 1)]
+        batches = self.data.batches("train", self.options.batch_size, seed=self.options.seed, epoch=epoch)
+        self.model.train()
+        started = shown = time.perf_counter()
+        rows, total = 0, 0.0
+        for batch in islice(batches, *bounds):
+            loss = self.step(batch)
+            total += loss * batch.num_rows
+            rows += batch.num_rows
+            now = time.perf_counter()
+            if self.on_progress is not None and now - shown > 0.1:
+                shown = now
+                self.show(epoch, rows + bounds[0] * self.options.batch_size, total / rows, rows / (now - started))
+        elapsed = time.perf_counter() - started
+        self.result.seconds += elapsed
+        self.result.rows_per_second = rows / elapsed
+        return total / rows
+
+    def step(self, batch: Batch) -> float:
+        self.optimizer.zero_grad()
+        loss = loss_of(self.model(batch.ids, batch.dense, batch.domain), batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise EngineError(
+                f"the loss of step {self.steps} must be finite",
+                received=value,
+                next_step="Lower the learning rate, or look for infinite values in the data",
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(self.lr_factor())
+        self.steps += 1
+        self.average.update()
+        return value
+
+    def lr_factor(self) -> float:
+        if self.options.schedule == "constant":
+            return 1.0
+        done = self.steps / (self.steps_per_epoch * self.options.max_epochs)
+        return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+    def judge(self, model: nn.Module, epoch: float, loss: float) -> None:
+        said = predict(model, self.data.batches("valid", 16384))
+        scores = {
+            "wauc": wauc(said.label, said.probability, said.domain, said.weight),
+            "macro_auc": macro_auc(said.label, said.probability, said.domain, said.weight),
+            "log_loss": log_loss(said.label, said.probability, said.weight),
+        }
+        value = scores[self.options.monitor]
+        if math.isnan(value):
+            raise ConfigError("a domain of the validation split must hold both classes", received=value)
+        self.result.history.append({"epoch": epoch, "loss": loss, **scores})
+        self.misses += 1
+        if value > self.result.best_value:
+            self.misses = 0
+            self.result.best_value, self.result.best_epoch = value, epoch
+            self.best = _copied(model)
+        self.show(int(epoch), self.data.num_rows("train"), loss, self.result.rows_per_second)
+
+    def show(self, epoch: int, rows: int, loss: float, rows_per_second: float) -> None:
+        if self.on_progress is not None:
+            history = self.result.history
+            value = history[-1][self.options.monitor] if history else None
+            total = self.data.num_rows("train")
+            self.on_progress(Progress(epoch, min(rows, total), total, loss, value, rows_per_second))
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {
+            "model": self.model.state_dict(),
+            "best": self.best,
+            "average": self.average.state(),
+            "optimizer": self.optimizer.state(),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def facts(self) -> dict[str, Any]:
+        result = self.result
+        return {
+            "position": self.position,
+            "misses": self.misses,
+            "steps": self.steps,
+            "seconds": result.seconds,
+            "best_value": result.best_value,
+            "best_epoch": result.best_epoch,
+            "history": result.history,
+            "options": repr(self.options),
+        }
+
+    def restore(self, folder: Path) -> None:
+        tensors, facts = read_checkpoint(folder)
+        if facts["options"] != repr(self.options):
+            raise ConfigError(
+                "a run goes on only with the options it began with",
+                received=repr(self.options),
+                next_step=f"It began with {facts['options']}. Remove the checkpoint to begin again",
+            )
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "rng": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.best = parts["best"]
+        self.average.load_state(parts["average"])
+        self.optimizer.load_state(parts["optimizer"])
+        self.position, self.misses, self.steps = facts["position"], facts["misses"], facts["steps"]
+        self.result.history = facts["history"]
+        self.result.seconds = facts["seconds"]
+        self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]
+        torch.set_rng_state(parts["rng"]["torch"])
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
