@@ -7,27 +7,16 @@ of only the domains that occur, one contiguous segment of rows each.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from domlora.adapters.kernels import Segments, add_corrections, merged_linear, merging_pays
 from domlora.errors import ConfigError, UnknownDomainError
 
-__all__ = ["DomainRoute", "LowRankLinear", "Segments", "rank_for"]
-
-
-class Segments(NamedTuple):
-    """Rows of a batch grouped by domain.
-
-    ``order`` sorts the rows by domain, or is None when they already are; ``spans`` holds ``(start, stop, domain)`` of
-    each domain that occurs, in sorted order; rows of no domain (-1) are in no span.
-    """
-
-    order: Tensor | None
-    spans: tuple[tuple[int, int, int], ...]
-    num_rows: int
+__all__ = ["DomainRoute", "LowRankLinear", "rank_for"]
 
 
 class DomainRoute:
@@ -165,10 +154,19 @@ class LowRankLinear(nn.Module):
         return weight, None if self.lora_bias is None else self.lora_bias[domain]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x)
-        segments = self.route.segments
         if not self.route.enabled:
-            return out
+            plain: Tensor = self.base(x)
+            return plain
+        segments = self._segments(x)
+        banks = (self.lora_A, self.lora_B, self.lora_bias, self.scale, segments)
+        # merging is for training alone: its products have fewer rows each, which moves the last bits
+        if self.training and type(self.base) is nn.Linear and merging_pays(segments, x, self.out_features):
+            return merged_linear(x, self.base.weight, self.base.bias, *banks)
+        out: Tensor = self.base(x)
+        return add_corrections(out, x, *banks) if segments.spans else out
+
+    def _segments(self, x: Tensor) -> Segments:
+        segments = self.route.segments
         if segments is None:
             raise ConfigError(
                 "an adapted layer was called outside its model's forward",
@@ -179,85 +177,7 @@ class LowRankLinear(nn.Module):
                 "an adapted layer needs one domain for each row of its input",
                 received={"rows": x.shape[0], "domains": segments.num_rows},
             )
-        if not segments.spans:
-            return out
-        result: Tensor = _GroupedLowRank.apply(  # type: ignore[no-untyped-call]
-            out, x, self.lora_A, self.lora_B, self.lora_bias, self.scale, segments
-        )
-        return result
+        return segments
 
     def extra_repr(self) -> str:
         return f"num_domains={self.route.num_domains}, rank={self.rank}, bias={self.lora_bias is not None}"
-
-
-def _flat_spans(segments: Segments, x: Tensor) -> tuple[Tensor | None, list[tuple[int, int, int]], Tensor]:
-    """Rows of ``x`` without middle axes, in domain order, and the spans that go with them."""
-    middle = math.prod(x.shape[1:-1])
-    if segments.order is not None:
-        x = x.index_select(0, segments.order)
-    spans = [(start * middle, stop * middle, domain) for start, stop, domain in segments.spans]
-    return segments.order, spans, x.reshape(-1, x.shape[-1])  # (B * middle, in)
-
-
-class _GroupedLowRank(torch.autograd.Function):
-    """``out + s (x A_d) B_d + c_d`` segment by segment; gradients of a bank are written only where a domain occurs."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        out: Tensor,
-        x: Tensor,
-        bank_a: Tensor,
-        bank_b: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        segments: Segments,
-    ) -> Tensor:
-        order, spans, rows = _flat_spans(segments, x)
-        width = bank_b.shape[2]
-        rank = bank_a.shape[2]
-        # out was made by the base a moment ago and nobody else has it, so sorted rows are corrected in place
-        target = out.view(-1, width) if order is None else out.new_zeros(rows.shape[0], width)
-        inner = rows.new_empty(rows.shape[0], rank)  # (B * middle, R)
-        for start, stop, domain in spans:
-            piece = target[start:stop]
-            if rank:
-                torch.mm(rows[start:stop], bank_a[domain], out=inner[start:stop])
-                piece.addmm_(inner[start:stop], bank_b[domain], alpha=scale)
-            if bias is not None:
-                piece.add_(bias[domain])
-        ctx.save_for_backward(rows, inner, bank_a, bank_b)
-        ctx.scale, ctx.spans, ctx.order, ctx.x_shape, ctx.has_bias = scale, spans, order, x.shape, bias is not None
-        ctx.mark_dirty(out)
-        return out if order is None else out.index_add_(0, order, target.view_as(out))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        rows, inner, bank_a, bank_b = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        sorted_grad = grad if ctx.order is None else grad.index_select(0, ctx.order)
-        flat = sorted_grad.reshape(-1, grad.shape[-1])
-        grad_rows = torch.zeros_like(rows) if needs[1] else None
-        grad_a = torch.zeros_like(bank_a) if needs[2] else None
-        grad_b = torch.zeros_like(bank_b) if needs[3] else None
-        grad_bias = flat.new_zeros(bank_b.shape[0], flat.shape[1]) if ctx.has_bias and needs[4] else None
-        for start, stop, domain in ctx.spans:
-            piece = flat[start:stop]
-            if grad_bias is not None:
-                torch.sum(piece, 0, out=grad_bias[domain])
-            if not bank_a.shape[2]:
-                continue
-            grad_inner = torch.mm(piece, bank_b[domain].t()).mul_(ctx.scale)  # (n, R)
-            if grad_b is not None:
-                torch.mm(inner[start:stop].t(), piece, out=grad_b[domain]).mul_(ctx.scale)
-            if grad_a is not None:
-                torch.mm(rows[start:stop].t(), grad_inner, out=grad_a[domain])
-            if grad_rows is not None:
-                torch.mm(grad_inner, bank_a[domain].t(), out=grad_rows[start:stop])
-        if grad_rows is not None:
-            grad_rows = _unsorted(grad_rows.view(ctx.x_shape), ctx.order)
-        return grad, grad_rows, grad_a, grad_b, grad_bias, None, None
-
-
-def _unsorted(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)

@@ -216,7 +216,8 @@ def _stack(table: pa.Table, names: list[str], dtype: torch.dtype) -> Tensor:
 
 
 def _column(table: pa.Table, name: str) -> Tensor:
-    return torch.from_numpy(np.array(table.column(name)))
+    # torch wants memory that may be written; only then is the column copied
+    return torch.from_numpy(np.require(table.column(name).to_numpy(), requirements="W"))
 
 
 def _empty(schema: Schema) -> Batch:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import duckdb
 import ibis
 import pyarrow as pa
 
-from domlora.errors import SchemaError
+from domlora.errors import DataError
 
-__all__ = ["coded", "counts", "join", "joined", "number", "plain", "stored", "values"]
+__all__ = ["cells", "coded", "engine_errors", "join", "joined", "plain", "stored"]
 
 Code = Callable[[Any], int | None]
+
+
+@contextmanager
+def engine_errors(name: str) -> Iterator[None]:
+    """What the engine says about raw rows, as a :class:`DataError`."""
+    try:
+        yield
+    except duckdb.Error as error:
+        said = "; ".join(str(error).splitlines()[:3])
+        raise DataError(f"{name} cannot be read ({said})", next_step="Check the raw files") from error
 
 
 def plain(column: Any) -> Any:
@@ -34,43 +46,35 @@ def stored(rows: Any) -> Any:
     return rows.get_backend().create_table(ibis.util.gen_name("domlora"), rows, temp=True)
 
 
-def number(scalar: Any) -> int:
-    """The value of an integer expression."""
-    return int(scalar.to_pyarrow().as_py())
+def cells(rows: Any, names: list[str], chosen: Any = None) -> pa.Table:
+    """The distinct combinations of some columns, the rows that have each, and how many of those are chosen.
+
+    Args:
+        rows: a table.
+        names: the columns.
+        chosen: a boolean expression over the rows; all by default.
+
+    Returns:
+        The columns, ``__size`` and ``__chosen``.
+    """
+    chosen = rows.count() if chosen is None else chosen.cast("int64").sum()
+    return rows.group_by(names).agg(__size=rows.count(), __chosen=chosen).to_pyarrow()
 
 
-def values(rows: Any, name: str) -> list[Any]:
-    """The distinct values of a column."""
-    return list(rows.select(name).distinct().to_pyarrow().column(name).to_pylist())
-
-
-def counts(rows: Any, name: str) -> list[tuple[Any, int]]:
-    """The distinct values of a column and how many rows have each."""
-    table = rows.group_by(name).agg(__size=rows.count()).to_pyarrow()
-    return list(zip(table.column(name).to_pylist(), table.column("__size").to_pylist(), strict=True))
-
-
-def coded(rows: Any, name: str, code: str, function: Code, kind: pa.DataType, absent: int | None = None) -> Any:
+def coded(rows: Any, keys: pa.Table, name: str, code: str, function: Code, kind: pa.DataType) -> Any:
     """Rows with one more column: a Python function of a column, called once for each of its distinct values.
 
     Args:
         rows: a table.
+        keys: holds every value of the column.
         name: the raw column.
-        code: the new column.
+        code: the new column; null where the raw column is null (a null equals nothing, so no join finds it).
         function: raw value → integer, or None for null.
         kind: integer type of the new column.
-        absent: what a null raw value gets (a null equals nothing, so no join finds it).
-
-    Raises:
-        SchemaError: a value of the column is of a type that the function does not take.
     """
-    keys = rows.select(name).distinct().to_pyarrow().column(name)
-    try:
-        numbers = pa.array(list(map(function, keys.to_pylist())), kind)
-    except SchemaError as error:
-        raise SchemaError(f"column {name!r} cannot be encoded: {str(error).removesuffix('.')}") from error
-    rows = join(rows, ibis.memtable(pa.table({name: keys, code: numbers})), [name])
-    return rows if absent is None else rows.mutate(**{code: rows[code].fill_null(absent)})
+    distinct = keys.column(name).unique()
+    numbers = pa.array(list(map(function, distinct.to_pylist())), kind)
+    return join(rows, ibis.memtable(pa.table({name: distinct, code: numbers})), [name])
 
 
 def join(rows: Any, table: Any, names: list[str]) -> Any:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from domlora.data.dataset import DOMAIN_COLUMN, FORMAT, FORMAT_VERSION, LABEL_COLUMN, SPLITS, USER_COLUMN
-from domlora.data.expressions import coded, counts, join, joined, number, plain, stored, values
+from domlora.data.expressions import cells, coded, engine_errors, join, joined, plain, stored
 from domlora.data.files import new_folder, sha256_of
 from domlora.data.sources import LabelRule, RawTable, open_source
 from domlora.errors import ConfigError, DataError, SchemaError, nearest
@@ -137,11 +137,8 @@ def prepare(
     )
     _check(table, options)
     step = _steps(progress, table.name)
-    try:
-        with new_folder(Path(out), overwrite=overwrite) as folder:
-            return _Preparation(table, options, rule, folder, step).run()
-    except duckdb.Error as error:
-        raise DataError(f"{table.name} cannot be read ({error})", next_step="Check the raw files") from error
+    with engine_errors(table.name), new_folder(Path(out), overwrite=overwrite) as folder:
+        return _Preparation(table, options, rule, folder, step).run()
 
 
 class _Preparation:
@@ -149,14 +146,16 @@ class _Preparation:
 
     def __init__(self, raw: RawTable, options: _Options, rule: LabelRule, folder: Path, step: Step) -> None:
         self.raw, self.options, self.rule, self.folder, self.step = raw, options, rule, folder, step
-        self.dropped: dict[str, int] = {}
+        self.dropped = {"rating missing or not a number": 0, "domain missing": 0}
+        if options.split == "time":
+            self.dropped["time missing"] = 0
 
     def run(self) -> dict[str, Any]:
         self.step("read")
         rows = self.hashed()
-        rows_in = number(rows.count())
         self.step("split")
-        rows, domains = self.divided(*self.labelled(rows))
+        groups = cells(rows, [self.raw.rating, self.options.domain], rows[self.time].notnull() if self.time else None)
+        rows, domains = self.divided(rows, groups)
         self.step("encode")
         rows, encoder = self.encoded(rows, domains)
         self.step("write")
@@ -169,7 +168,7 @@ class _Preparation:
             "source": self.raw.name,
             "inputs": dict(self.raw.inputs),
             "options": asdict(self.options),
-            "rows_in": rows_in,
+            "rows_in": sum(groups.column("__size").to_pylist()),
             "dropped": self.dropped,
             "splits": splits,
             "encoder_fingerprint": encoder.fingerprint(),
@@ -191,53 +190,71 @@ class _Preparation:
         text = joined([ibis.literal(str(options.seed)), rows[_KEY], rows["__repeat"].cast("string")], ":")
         return stored(rows.mutate(**{_HASH: text.hexdigest("md5")}).drop(_KEY, "__repeat"))
 
-    def labelled(self, rows: Any) -> tuple[Any, tuple[str, ...]]:
-        """Rows with a label and a domain, and the names of the domains; counts and drops the other rows."""
-        rows = coded(rows, self.raw.rating, LABEL_COLUMN, self.rule, pa.int32())
-        rows = self.kept(rows, "rating missing or not a number", LABEL_COLUMN)
-        if self.options.split == "time":
-            rows = self.kept(rows, "time missing", str(self.raw.time))
-        name = self.options.domain
-        names = {_text(value, name) for value in values(rows, name)} - {""}
+    @property
+    def time(self) -> str | None:
+        """The column to split by, if that is asked for."""
+        return self.raw.time if self.options.split == "time" else None
+
+    def divided(self, rows: Any, groups: pa.Table) -> tuple[Any, tuple[str, ...]]:
+        """The usable rows, each with label, domain, split and its position there; and the names of the domains."""
+        sizes = self.sizes(groups)
+        names = {name for name, _ in sizes}
         domains = tuple(sorted(names, key=_by_number if all(map(_is_integer, names)) else str))
-        position = {text: position for position, text in enumerate(domains)}
-        rows = coded(rows, name, DOMAIN_COLUMN, lambda value: position.get(canonical_text(value)), pa.int32())
-        rows = self.kept(rows, "domain missing", DOMAIN_COLUMN)
-        if not domains:
-            raise DataError("no row is left", received=self.dropped, next_step="Check the domain and the rating column")
-        return rows, domains
-
-    def kept(self, rows: Any, rule: str, column: str) -> Any:
-        self.dropped[rule] = number(rows[column].isnull().sum().fill_null(0))
-        return rows.filter(rows[column].notnull())
-
-    def divided(self, rows: Any, domains: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-        """Each row with its split and its position there."""
+        position = {name: position for position, name in enumerate(domains)}
+        rows = coded(rows, groups, self.raw.rating, LABEL_COLUMN, self.rule, pa.int32())
+        rows = coded(
+            rows, groups, self.options.domain, DOMAIN_COLUMN, lambda v: position.get(canonical_text(v)), pa.int32()
+        )
+        rows = rows.filter(rows[LABEL_COLUMN].notnull(), rows[DOMAIN_COLUMN].notnull())
         stratum, order = [DOMAIN_COLUMN, LABEL_COLUMN], [_HASH]
-        if self.options.split == "time":
-            stratum, order = [DOMAIN_COLUMN], [str(self.raw.time), _HASH]
+        if self.time:
+            rows = rows.filter(rows[self.time].notnull())
+            stratum, order = [DOMAIN_COLUMN], [self.time, _HASH]
         rows = rows.mutate(__rank=ibis.row_number().over(group_by=stratum, order_by=order))
-        rows = join(rows, self.cuts(rows, stratum), stratum)
+        strata = Counter[tuple[int, ...]]()
+        for (name, label), size in sizes.items():
+            strata[(position[name], label)[: len(stratum)]] += size
+        rows = join(rows, self.cuts(stratum, strata), stratum)
         passed = [(rows["__rank"] >= rows[cut]).cast("int32") for cut in ("__cut_1", "__cut_2")]
         rows = rows.mutate(**{_SPLIT: passed[0] + passed[1]}).drop("__rank", "__cut_1", "__cut_2")
-        position = ibis.row_number().over(group_by=_SPLIT, order_by=_HASH)
-        return stored(rows.mutate(**{_POSITION: position})), domains
+        place = ibis.row_number().over(group_by=_SPLIT, order_by=_HASH)
+        return stored(rows.mutate(**{_POSITION: place})), domains
 
-    def cuts(self, rows: Any, stratum: list[str]) -> Any:
+    def sizes(self, groups: pa.Table) -> Counter[tuple[str, int]]:
+        """Usable rows of each domain and label; counts the others."""
+        sizes = Counter[tuple[str, int]]()
+        for group in groups.to_pylist():
+            label, name = self.rule(group[self.raw.rating]), _text(group[self.options.domain], self.options.domain)
+            usable = group["__chosen"]
+            if label is None:
+                self.dropped["rating missing or not a number"] += group["__size"]
+                continue
+            if self.time:
+                self.dropped["time missing"] += group["__size"] - usable
+            if not name:
+                self.dropped["domain missing"] += usable
+            elif usable:
+                sizes[name, label] += usable
+        if not sizes:
+            raise DataError("no row is left", received=self.dropped, next_step="Check the domain and the rating column")
+        return sizes
+
+    def cuts(self, stratum: list[str], strata: Counter[tuple[int, ...]]) -> Any:
         """For each stratum the ranks at which valid and test begin; integers, so that no engine rounds by itself."""
-        sizes = rows.group_by(stratum).agg(__size=rows.count()).to_pyarrow()
         train, valid, _ = self.options.fractions
-        table = {name: sizes.column(name) for name in stratum}
+        columns = {name: pa.array([key[part] for key in strata], pa.int32()) for part, name in enumerate(stratum)}
         for cut, share in (("__cut_1", train), ("__cut_2", train + valid)):
-            table[cut] = pa.array([math.floor(size * share + 0.5) for size in sizes.column("__size").to_pylist()])
-        return ibis.memtable(pa.table(table))
+            columns[cut] = pa.array([math.floor(size * share + 0.5) for size in strata.values()], pa.int64())
+        return ibis.memtable(pa.table(columns))
 
     def encoded(self, rows: Any, domains: tuple[str, ...]) -> tuple[Any, Encoder]:
         """Rows of ids, raw numbers, domain, label and user; and the encoder that any later row goes through."""
         options, user = self.options, self.raw.user
-        vocabularies = {name: self.vocabulary(rows, name) for name in options.categorical}
+        names = dict.fromkeys([*options.features, *([] if user is None else [user])])
+        keys = {name: cells(rows, [name], rows[_SPLIT] == 0) for name in names}
+        vocabularies = {name: _vocabulary(keys[name], name) for name in options.categorical}
         features = tuple(
-            self.statistics(rows, name)
+            _statistics(keys[name], name)
             if name in options.numeric
             else Feature(name, num_ids=FIRST_ID + len(vocabularies[name]))
             for name in options.features
@@ -245,37 +262,19 @@ class _Preparation:
         schema = Schema(features, domains, domain=options.domain, label=_LABEL, user=user, time=self.raw.time)
         codes = {}
         for slot, name in enumerate(options.categorical):
-            codes[name] = f"__ids_{slot}"
-            rows = coded(rows, name, codes[name], _id_of(vocabularies[name]), pa.int32(), absent=PAD_ID)
+            rows = coded(rows, keys[name], name, f"__ids_{slot}", _id_of(vocabularies[name]), pa.int32())
+            codes[name] = rows[f"__ids_{slot}"].fill_null(PAD_ID)
         if user is not None:
-            codes[USER_COLUMN] = USER_COLUMN
-            rows = coded(rows, user, USER_COLUMN, _user_number, pa.int64(), absent=ABSENT_USER)
+            rows = coded(rows, keys[user], user, USER_COLUMN, _user_number, pa.int64())
+            codes[USER_COLUMN] = rows[USER_COLUMN].fill_null(ABSENT_USER)
         numbers = {name: rows[name].cast("float64") for name in options.numeric}
-        ids = {name: rows[code] for name, code in codes.items()}
-        rows = rows.select(_SPLIT, _POSITION, DOMAIN_COLUMN, LABEL_COLUMN, **ids, **numbers)
+        rows = rows.select(_SPLIT, _POSITION, DOMAIN_COLUMN, LABEL_COLUMN, **codes, **numbers)
         return stored(rows), Encoder(schema, vocabularies)
-
-    def vocabulary(self, rows: Any, name: str) -> list[str]:
-        sizes: dict[str, int] = {}
-        for value, size in counts(rows.filter(rows[_SPLIT] == 0), name):
-            text = _text(value, name)
-            sizes[text] = sizes.get(text, 0) + size
-        return order_vocabulary(sizes)
-
-    def statistics(self, rows: Any, name: str) -> Feature:
-        """Mean and std over the training split, from exact sums: the order of rows cannot change a bit."""
-        sizes = [(float(v), n) for v, n in counts(rows.filter(rows[_SPLIT] == 0), name) if v is not None]
-        sizes = [(value, size) for value, size in sizes if math.isfinite(value)]
-        total = sum(size for _, size in sizes) or 1
-        mean = math.fsum(value * size for value, size in sizes) / total
-        variance = math.fsum(size * (value - mean) ** 2 for value, size in sizes) / total
-        return Feature(name, "numeric", mean=mean, std=math.sqrt(variance) or 1.0)
 
     def written(self, rows: Any, encoder: Encoder) -> dict[str, Any]:
         """Writes the shards; returns rows, domains, labels and files of each split."""
         by = [_SPLIT, DOMAIN_COLUMN, LABEL_COLUMN]
-        table = rows.group_by(by).agg(__size=rows.count()).to_pyarrow().to_pylist()
-        sizes = {tuple(row[name] for name in by): row["__size"] for row in table}
+        sizes = {tuple(cell[name] for name in by): cell["__size"] for cell in cells(rows, by).to_pylist()}
         splits: dict[str, Any] = {}
         for split_number, split in enumerate(SPLITS):
             domains = {}
@@ -296,6 +295,25 @@ class _Preparation:
             shard = rows.filter(position >= start, position < start + self.options.shard_rows).order_by(_POSITION)
             _write(shard.drop(_SPLIT, _POSITION).to_pyarrow(), schema, self.folder / files[-1])
         return files
+
+
+def _vocabulary(keys: pa.Table, name: str) -> list[str]:
+    sizes = Counter[str]()
+    for value, size in zip(keys.column(name).to_pylist(), keys.column("__chosen").to_pylist(), strict=True):
+        text = _text(value, name)
+        if size:
+            sizes[text] += size
+    return order_vocabulary(sizes)
+
+
+def _statistics(keys: pa.Table, name: str) -> Feature:
+    """Mean and std over the training split, from exact sums: the order of rows cannot change a bit."""
+    pairs = zip(keys.column(name).to_pylist(), keys.column("__chosen").to_pylist(), strict=True)
+    sizes = [(float(value), size) for value, size in pairs if value is not None and math.isfinite(value)]
+    total = sum(size for _, size in sizes) or 1
+    mean = math.fsum(value * size for value, size in sizes) / total
+    variance = math.fsum(size * (value - mean) ** 2 for value, size in sizes) / total
+    return Feature(name, "numeric", mean=mean, std=math.sqrt(variance) or 1.0)
 
 
 def _write(table: pa.Table, schema: Schema, path: Path) -> None:

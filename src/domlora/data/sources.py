@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ibis
 
+from domlora.data.expressions import engine_errors
 from domlora.data.files import Archive, find_raw, sha256_of
 from domlora.errors import ConfigError, DataError, nearest
 from domlora.features.encode import canonical_text
@@ -167,11 +168,12 @@ def open_source(name: str, raw: Path | None = None, progress: Progress | None = 
 
     Raises:
         ConfigError: no such source.
-        DataError: its files are nowhere.
+        DataError: its files are nowhere or cannot be read.
     """
     if name not in SOURCES:
         raise ConfigError("unknown source", received=name, next_step=nearest(name, SOURCES))
-    return SOURCES[name](raw, progress)
+    with engine_errors(name):
+        return SOURCES[name](raw, progress)
 
 
 def _connect() -> Any:

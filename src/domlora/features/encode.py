@@ -309,7 +309,9 @@ def _float(value: Any, name: str) -> float:
     try:
         text = canonical_text(value)
         return float(text) if text else float("nan")
-    except ValueError as error:  # SchemaError is one too
+    except SchemaError as error:
+        raise SchemaError(f"column {name!r} needs numbers: {str(error).removesuffix('.')}") from error
+    except ValueError as error:
         raise SchemaError(f"column {name!r} needs numbers", received=value) from error
 
 

@@ -102,6 +102,11 @@ class TestOrder:
         np.testing.assert_allclose(by_group, alone, atol=1e-14)
         assert np.isnan(by_group[-2:]).all()
 
+    def test_ties_end_where_a_group_ends(self) -> None:
+        label, same, group = np.array([0, 1, 0, 0, 1, 1]), np.full(6, 0.5), np.array([0, 0, 1, 1, 1, 1])
+        assert metrics.auc_by_group(label, same, group).tolist() == [0.5, 0.5]
+        assert metrics.calibration_by_group(label, same, group).expected_calibration_error.tolist() == [0.0, 0.0]
+
     def test_num_groups_is_counted_when_left_out(self) -> None:
         assert metrics.auc_by_group([0, 1, 1], [0.1, 0.2, 0.3], [0, 0, 2]).shape == (3,)
 

@@ -1,0 +1,104 @@
+"""Names to models: one dict, one function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from torch import nn
+
+from domlora.errors import ConfigError, nearest
+from domlora.features.schema import Schema
+from domlora.models.backbones import DCN, MLP, NFM, PNN, WDL, AutoInt, DeepFM, FiBiNET, XDeepFM
+from domlora.models.multi_domain import STAR
+
+__all__ = ["MODELS", "build_model"]
+
+MODELS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "star": STAR,
+    "wdl": WDL,
+    "nfm": NFM,
+    "autoint": AutoInt,
+    "pnn": PNN,
+    "dcn": DCN,
+    "fibinet": FiBiNET,
+    "deepfm": DeepFM,
+    "xdeepfm": XDeepFM,
+}
+"""Every model by its exact key, in the order of the paper's tables."""
+
+
+def build_model(
+    name: str,
+    schema: Schema,
+    *,
+    embedding_dim: int = 8,
+    hidden_units: Sequence[int] = (256, 128, 64),
+    dropout: float = 0.5,
+    **options: Any,
+) -> nn.Module:
+    """A fresh model for the rows of a schema.
+
+    Names are matched exactly and options checked against the model's own signature, its type annotations included, so
+    a new model needs a class and a line in ``MODELS``.
+
+    Args:
+        name: a key of ``MODELS``.
+        schema: which features and domains there are.
+        embedding_dim: numbers in a feature's vector; the MLoRA authors take 8 where embeddings are learned.
+        hidden_units: width of each layer of the tower.
+        dropout: probability to drop a unit of the tower, in [0, 1).
+        options: the model's own, see its class.
+
+    Raises:
+        ConfigError: a name, an option or a value that is not valid.
+        SchemaError: a model of feature crosses and fewer than two categorical features.
+
+    Example:
+        >>> from domlora.features.schema import Feature
+        >>> schema = Schema((Feature("user", num_ids=9), Feature("item", num_ids=5)), domains=("app", "web"))
+        >>> type(build_model("xdeepfm", schema, cin_units=[16, 16])).__name__
+        'XDeepFM'
+        >>> build_model("dcn", schema, cross_layer=3)
+        Traceback (most recent call last):
+        domlora.errors.ConfigError: model 'dcn' has no such option. Received: 'cross_layer'. Did you mean 'cross_layers'? ...
+    """
+    if name not in MODELS:
+        raise ConfigError("no model has this name", received=name, next_step=nearest(str(name), MODELS))
+    given = {"embedding_dim": embedding_dim, "hidden_units": hidden_units, "dropout": dropout, **options}
+    known = dict(inspect.signature(MODELS[name], eval_str=True).parameters)
+    del known["schema"]
+    for key in given.keys() - known.keys():
+        raise ConfigError(f"model {name!r} has no such option", received=key, next_step=nearest(key, known))
+    return MODELS[name](schema, **{key: _checked(key, value, known[key].annotation) for key, value in given.items()})
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """The value if it fits its annotation: sizes are positive, ``dropout`` is in [0, 1), other reals are above 0."""
+    rule, holds = "", True
+    if kind is bool:
+        rule, holds = "must be true or false", isinstance(value, bool)
+    elif kind is int:
+        rule, holds = "must be a whole number of at least 1", _is_size(value)
+    elif kind is float and key == "dropout":
+        rule, holds = "must be at least 0 and below 1", _is_real(value) and 0 <= value < 1
+    elif kind is float:
+        rule, holds = "must be above 0", _is_real(value) and 0 < value < float("inf")
+    elif get_origin(kind) is Literal:
+        rule, holds = f"must be one of {', '.join(map(repr, get_args(kind)))}", value in get_args(kind)
+    elif get_origin(kind) is Sequence:
+        rule = "must be a list of whole numbers of at least 1, and not empty"
+        holds = isinstance(value, Sequence) and len(value) > 0 and all(map(_is_size, value))
+    if not holds:
+        raise ConfigError(f"{key} {rule}", received=value)
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,114 @@
+"""Law 8: what ``prepare`` writes for a row is what the server's encoder says about it, odd values included."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domlora.data.dataset import SPLITS, Dataset
+from domlora.data.prepare import prepare
+from domlora.data.sources import RawTable
+
+NAN, INF = float("nan"), float("inf")
+ODD = {
+    "text": pa.array(["a", " a", "a\t", "", "  ", None, "3", "3.0", "03", "é", "e\u0301", "日本", "🎬", "A", "NULL", "nan", "a'b", 'a"b'] * 3),
+    "small": pa.array([0, 1, -1, 127, -128, None] * 9, pa.int8()),
+    "large": pa.array([2**53, 2**53 + 1, 2**63 - 1, -(2**63), 0, None] * 9, pa.int64()),
+    "unsigned": pa.array([2**64 - 1, 2**63, 0, 1, None, 5] * 9, pa.uint64()),
+    "double": pa.array([3.0, -0.0, 0.0, NAN, INF, -INF, 1e22, 0.1, 1e-7, 1e300, None, -2.5] * 4 + [3.0] * 6, pa.float64()),
+    "single": pa.array([0.1, 0.25, 16777216.0, NAN, None, -0.0, 0.0, 3.0, 1e-8] * 6, pa.float32()),
+    "flag": pa.array([True, False, None] * 18),
+    "price": pa.array([Decimal("1.50"), Decimal("2.00"), None] * 18, pa.decimal128(10, 2)),
+}  # fmt: skip
+NUMBERS = ("large", "double", "single")
+
+
+def check(columns: dict[str, pa.Array], folder: Path, numeric: tuple[str, ...] = (), seed: int = 0) -> None:
+    """Prepare the columns, find each written row again by its number, and encode it by itself."""
+    rows = len(next(iter(columns.values())))
+    table = pa.table({"row": pa.array(range(rows)), "rating": pa.array([5, 1, 4] * rows)[:rows], **columns})
+    raw = RawTable(
+        name="odd",
+        table=ibis.duckdb.connect().create_table("odd", ibis.memtable(table)),
+        key=("row",),
+        features=("row", *(name for name in columns if name != "domain")),
+        domains=("domain",),
+        user="user",
+    )
+    prepare(raw, folder, domain="domain", numeric=("row", *numeric), seed=seed)
+    dataset = Dataset.open(folder)
+    row = next(feature for feature in dataset.schema.numeric if feature.name == "row")
+    for split in SPLITS:
+        written = dataset.read(split)
+        numbers = (written.dense[:, 0].double() * row.std + row.mean).round().long()
+        chosen = table.take(pa.array(numbers.numpy()))
+        for given_rows in serve(chosen):
+            found = dataset.encoder.encode(given_rows)
+            assert found.ids.tolist() == written.ids.tolist()
+            assert found.dense.tolist() == written.dense.tolist()
+            assert found.domain.tolist() == written.domain.tolist()
+            assert written.user is not None
+            assert found.user is not None
+            assert found.user.tolist() == written.user.tolist()
+
+
+def serve(table: pa.Table) -> list[dict]:
+    """The rows as a program holds them, as JSON brings them, and as numpy columns."""
+    plain = table.to_pydict()
+    texts = {name: [str(v) if isinstance(v, Decimal) else v for v in column] for name, column in plain.items()}
+    decimal = any(isinstance(value, Decimal) for column in plain.values() for value in column)
+    arrays = {name: table.column(name).to_numpy() for name in table.column_names}
+    return [plain, arrays] if decimal else [plain, json.loads(json.dumps(texts)), arrays]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_of_every_type(name, tmp_path) -> None:
+    column = ODD[name]
+    twice = pa.concat_arrays([column, column])
+    domain = pa.array(["u", " v", "v", None] * len(column))[: len(twice)]
+    check({name: twice, "user": twice, "domain": domain}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_odd_numbers(name, tmp_path) -> None:
+    column = ODD[name]
+    domain = pa.array([10, 9, -1] * len(column))[: len(column)]
+    check({name: column, "user": domain, "domain": domain}, tmp_path / "out", numeric=(name,))
+
+
+@pytest.mark.parametrize("name", ["text", "small", "double", "flag"])
+def test_odd_domains(name, tmp_path) -> None:
+    check({"domain": ODD[name], "user": ODD["text"]}, tmp_path / "out")
+
+
+def test_several_features_at_once(tmp_path) -> None:
+    check({**ODD, "user": ODD["small"], "domain": ODD["flag"]}, tmp_path / "out", numeric=("double",))
+
+
+VALUES = {
+    pa.string(): st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=3),
+    pa.int64(): st.integers(-(2**63), 2**63 - 1),
+    pa.float64(): st.floats(),
+    pa.float32(): st.floats(width=32),
+}
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_values(tmp_path_factory, data) -> None:
+    columns = {}
+    for number, (kind, values) in enumerate(VALUES.items()):
+        pool = data.draw(st.lists(values | st.none(), min_size=3, max_size=12))
+        chosen = np.random.default_rng(number).integers(0, len(pool), 60)
+        columns[f"c{number}"] = pa.array([pool[position] for position in chosen], kind)
+    domain = pa.array(["u", "v", None] * 20)
+    folder = tmp_path_factory.mktemp("any") / "out"
+    check({**columns, "user": columns["c0"], "domain": domain}, folder, numeric=("c2",))

@@ -1,0 +1,121 @@
+"""Paired intervals against numbers made by hand and against scipy's own t interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from domlora.errors import DataError
+from domlora.studies.statistics import (
+    Interval,
+    gap_closed,
+    interval_text,
+    paired,
+    score_text,
+    signed,
+    spread,
+    verdict,
+)
+
+
+def test_interval_by_hand():
+    # mean 2, std 1, t(0.975, 2 degrees) = 4.30265 from a printed table: half width 4.30265 / sqrt(3) = 2.48414
+    mean, low, high, num_pairs = paired([1.0, 2.0, 3.0])
+    assert (mean, num_pairs) == (2.0, 3)
+    assert low == pytest.approx(2 - 2.48414, abs=2e-5)
+    assert high == pytest.approx(2 + 2.48414, abs=2e-5)
+
+
+def test_interval_of_two_by_hand():
+    # t(0.975, 1 degree) = 12.7062; mean 0.001, std 0.001 * sqrt(2), half width 12.7062 * 0.001
+    interval = paired([0.0, 0.002])
+    assert interval.low == pytest.approx(0.001 - 0.0127062, abs=1e-8)
+    assert interval.high == pytest.approx(0.001 + 0.0127062, abs=1e-8)
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 30])
+def test_interval_is_scipys(num):
+    differences = np.random.default_rng(num).normal(0.001, 0.002, num)
+    interval = paired(differences)
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (interval.low, interval.high) == pytest.approx(tuple(expected), rel=1e-10)
+
+
+def test_interval_covers_as_often_as_it_says():
+    draws = np.random.default_rng(7).normal(0.0, 1.0, (2000, 5))
+    missed = sum(verdict(paired(row)) != "no difference" for row in draws)
+    assert 70 <= missed <= 130  # 5 % of 2000, plus and minus three standard deviations
+
+
+@pytest.mark.parametrize("differences", [[], [math.nan], [0.5], [0.5, math.nan]])
+def test_fewer_than_two_pairs_have_no_interval(differences):
+    interval = paired(differences)
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+    assert interval.num_pairs == sum(not math.isnan(value) for value in differences)
+    assert verdict(interval) == "one run"
+
+
+def test_nan_is_left_out_and_not_counted():
+    assert paired([1.0, math.nan, 3.0]) == paired([1.0, 3.0])
+
+
+def test_equal_differences_leave_no_width():
+    assert paired([0.0, 0.0, 0.0]) == Interval(0.0, 0.0, 0.0, 3)
+    assert verdict(paired([0.0, 0.0])) == "no difference"
+    assert verdict(paired([0.25, 0.25])) == "gain"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.01, 0.02, "gain"),
+        (-0.02, -0.01, "loss"),
+        (-0.01, 0.5, "no difference"),
+        (0.0, 0.5, "no difference"),
+        (-0.5, 0.0, "no difference"),
+    ],
+)
+def test_verdict(low, high, word):
+    assert verdict(Interval((low + high) / 2, low, high, 5)) == word
+
+
+def test_spread():
+    assert spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)), 1.0, 6.0, 3)
+    assert math.isnan(spread([1.0]).std)
+    assert spread([]).num_values == 0
+
+
+def test_gap_closed_is_paired_by_seed():
+    share = gap_closed([0.5, 0.6], [0.6, 0.65], [0.7, 0.8])  # shares 0.5 and 0.25
+    assert share.mean == pytest.approx(0.375)
+    assert share == pytest.approx(paired([0.5, 0.25]))
+
+
+def test_gap_closed_can_be_negative():
+    assert gap_closed([0.5], [0.25], [0.75]).mean == -1.0
+
+
+def test_no_share_of_a_gap_that_is_not_there():
+    share = gap_closed([0.5, 0.8], [0.6, 0.85], [0.7, 0.8])
+    assert math.isnan(share.mean)
+    assert share.num_pairs == 2
+
+
+def test_gap_closed_needs_one_value_a_seed():
+    with pytest.raises(DataError, match="one value a seed"):
+        gap_closed([0.5], [0.6, 0.7], [0.8])
+
+
+def test_texts():
+    assert signed(-0.0012) == "\u22120.12"
+    assert signed(0.0) == "0.00"
+    assert signed(0.00001) == "+0.00"
+    assert signed(math.nan) == "\u2013"
+    assert score_text(spread([0.7912])) == "79.12"
+    assert score_text(spread([])) == "\u2013"
+    assert interval_text(Interval(0.0012, -0.0005, 0.0029, 5)) == "+0.12 [\u22120.05, +0.29]"
+    assert interval_text(Interval(0.0012, math.nan, math.nan, 1)) == "+0.12"
