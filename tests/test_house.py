@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
 import subprocess
 import sys
@@ -149,9 +150,10 @@ print(json.dumps(found))
 
 def test_a_room_loads_only_what_it_needs() -> None:
     """A server without torch can encode, and help appears at once. In one process, lightest first."""
-    import json
-
-    order = sorted(OUTSIDERS, key=lambda name: ["errors", "schema", "encode", "cli", "attach", "bundle"].index(name.rpartition(".")[2]))
+    order = sorted(
+        OUTSIDERS,
+        key=lambda name: ["errors", "schema", "encode", "cli", "attach", "bundle"].index(name.rpartition(".")[2]),
+    )
     done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(order)], capture_output=True, text=True, check=True)
     loaded = json.loads(done.stdout)
     for name, refused in OUTSIDERS.items():

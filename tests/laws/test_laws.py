@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import AdapterOptions, adapter_layers, attach_, base_state, detach_, disabled, merge_
+from domlora.adapters.attach import (
+    AdapterOptions,
+    adapter_layers,
+    adapter_parameters,
+    attach_,
+    base_state,
+    detach_,
+    disabled,
+    merge_,
+)
 from domlora.bundle import Bundle
 from domlora.data.dataset import Dataset
 from domlora.evaluation.evaluate import predict
@@ -41,7 +50,7 @@ STAGE = Stage(FitOptions(batch_size=64, max_epochs=2, evaluations_per_epoch=2), 
 RECIPE = Recipe(AdapterOptions(temperature=4.0), STAGE, STAGE, STAGE)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What a run is killed with."""
 
 
@@ -56,12 +65,15 @@ class Mortal:
     def num_rows(self, split: str) -> int:
         return self.data.num_rows(split)
 
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
     def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
         for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch):
             if split == "train":
                 self.left -= 1
                 if self.left < 0:
-                    raise Killed
+                    raise KilledError
             yield batch
 
 
@@ -200,8 +212,10 @@ def test_gradients_of_a_mixed_batch_are_the_sum_of_its_pieces(name: str) -> None
         return torch.autograd.grad(out, banks, allow_unused=True, materialize_grads=True)
 
     pieces = [gradients(batch.take(batch.domain == domain)) for domain in batch.domain.unique()]
-    for mixed, *parts in zip(gradients(batch), *pieces, strict=True):
-        close(mixed, torch.stack(parts).sum(0))
+    whole = gradients(batch)
+    largest = max(float(gradient.abs().max()) for gradient in whole)  # of a key's bias it is zero: softmax ignores it
+    for mixed, *parts in zip(whole, *pieces, strict=True):
+        assert (mixed - torch.stack(parts).sum(0)).abs().max() <= 1e-12 * largest
 
 
 @pytest.mark.parametrize("method", ["two_stage", "bias_only"])
@@ -213,8 +227,11 @@ def test_5_and_7_adapt_leaves_the_base_alone_and_survives_the_disk(
     model = build_model(schema=SCHEMA, **options)
     before = digest(model)
     found = adapt(model, data, RECIPE, method=method)
-    assert found.best_epoch > 0  # something was learnt, so something could have moved
+    assert len(found.history) > 2  # it was trained, whether or not the start was the best
     assert {key: tensor.numpy().tobytes() for key, tensor in base_state(model).items()} == before
+    with torch.no_grad():
+        for _, bank in adapter_parameters(model):
+            bank.normal_()
     adapter = replace(RECIPE.adapter, rank=0) if method == "bias_only" else RECIPE.adapter
     Bundle(model, options, data.encoder, adapter).save(tmp_path / "bundle")
     opened = Bundle.open(tmp_path / "bundle").model
@@ -227,7 +244,7 @@ def test_10_and_11_same_seed_same_bytes_killed_or_not(name: str, data: Dataset, 
     options = {"name": name, **OPTIONS}
     straight, expected = pretrain(data, options, RECIPE, method="joint")
     torch.rand(5)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         pretrain(Mortal(data, 5), options, RECIPE, method="joint", checkpoint=tmp_path / "run")
     resumed, found = pretrain(data, options, RECIPE, method="joint", checkpoint=tmp_path / "run")
     again, other = pretrain(data, options, RECIPE, method="joint")

@@ -44,10 +44,10 @@ def main() -> None:
         attention(record, deepctr, fuxictr, x)
         senet(record, deepctr, fuxictr, x)
         bilinear(record, deepctr, fuxictr, x)
-    made_with = {name: version(name) for name in ("deepctr-torch", "fuxictr", "torch")}
+    made_with = ", ".join(f"{name} {version(name)}" for name in ("deepctr-torch", "fuxictr", "torch"))
     tensors = {key: value.detach().clone().contiguous() for key, value in record.items()}
     path = Path(__file__).with_name("backbones.safetensors")
-    save_file(tensors, path, metadata=made_with)
+    save_file(tensors, path, metadata={"made_with": made_with})  # one key: the order of several changes
     path.chmod(0o644)
 
 

@@ -33,7 +33,7 @@ def test_a_file_and_settings_on_top(tmp_path: Path) -> None:
         max_epochs = 7
         """
     )
-    config = load_config(path, ["train.pretrain.fit.batch_size=64", "model.name=dcn", "train.adapt.moving=[\"head.*\"]"])
+    config = load_config(path, ["train.pretrain.fit.batch_size=64", "model.name=dcn", 'train.adapt.moving=["head.*"]'])
     assert config.model == {"name": "dcn", "dropout": 0.1}
     assert config.train.adapter.include == ("tower.0",)
     assert (config.train.pretrain.fit.batch_size, config.train.pretrain.fit.max_epochs) == (64, 7)
@@ -135,8 +135,18 @@ def test_options_of_adapters_are_checked_when_they_are_read(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("7", 7), ("0.5", 0.5), ("1e-3", 1e-3), ("true", True), ('"7"', "7"), ("dcn", "dcn"), ("[1, 2]", [1, 2]),
-        ("", ""), ("x=y", "x=y"), ("rating>=4", "rating>=4"), ('{ a = 1 }', {"a": 1}), ("None", "None"),
+        ("7", 7),
+        ("0.5", 0.5),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ('"7"', "7"),
+        ("dcn", "dcn"),
+        ("[1, 2]", [1, 2]),
+        ("", ""),
+        ("x=y", "x=y"),
+        ("rating>=4", "rating>=4"),
+        ("{ a = 1 }", {"a": 1}),
+        ("None", "None"),
     ],
 )
 def test_settings_are_toml_or_text(text: str, value: Any) -> None:

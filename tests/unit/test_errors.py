@@ -45,7 +45,9 @@ def test_every_error_is_ours_and_what_python_would_raise(name: str, kind: type[E
 
 
 def test_the_tree_is_drawn_and_complete() -> None:
-    classes = [name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, DomloraError)]
+    classes = [
+        name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, DomloraError)
+    ]
     assert set(classes) == {"DomloraError", *TREE}
     assert errors.__doc__ is not None
     for name in classes:

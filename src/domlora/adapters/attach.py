@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from domlora.adapters.lowrank import DomainRoute, LowRankLinear, rank_for
 from domlora.errors import BundleError, ConfigError, UnknownDomainError, nearest
@@ -95,17 +96,27 @@ def attach_(
         ...     net(torch.ones(2, 4)).shape
         torch.Size([2, 1])
     """
-    if getattr(model, _ROUTE, None) is not None:
+    if adapter_layers(model):
         raise ConfigError(
             "the model has adapters already", next_step="Call detach_(model) or merge_(model, domain) first"
+        )
+    if isinstance(model, nn.Linear):
+        raise ConfigError(
+            "adapters go beside layers inside a model, and this model is itself a Linear",
+            next_step="Attach to nn.Sequential(model)",
         )
     chosen = _chosen(model, include, exclude)
     route = DomainRoute(num_domains)
     read = _reader(model, domain)
+    adapted_of: dict[int, LowRankLinear] = {}  # a layer in two places gets one adapter
     for name, layer in chosen.items():
+        if id(layer) in adapted_of:
+            _replace(model, name, adapted_of[id(layer)])
+            continue
         width = rank_for(layer.out_features, temperature) if rank is None else rank
         adapted = LowRankLinear(layer, route, width, lora_alpha=lora_alpha, bias=bias)
         adapted.train(layer.training)
+        adapted_of[id(layer)] = adapted
         _replace(model, name, adapted)
     _open_route(model, route, read)
     return model
@@ -121,13 +132,19 @@ def detach_(model: nn.Module) -> nn.Module:
 def merge_(model: nn.Module, domain: int) -> nn.Module:
     """Fold one domain's adapter into the weights: a plain model with the original types and state-dict keys.
 
+    A subclass of ``nn.Linear`` with a forward of its own says what it is for one domain by a method ``plain(domain)`` that
+    returns an ``nn.Linear``, as ``StarLinear`` does.
+
     Raises:
         UnknownDomainError: no such row in the bank.
+        ConfigError: a layer whose weight is computed (parametrised), or whose forward is its own and that has no
+            ``plain``; nothing is changed then.
     """
-    layers = adapter_layers(model)
     _check_domain(model, domain)
+    layers = adapter_layers(model)
+    merged = {id(layer): _merged(layer, domain) for layer in layers.values()}
     for name, layer in layers.items():
-        _replace(model, name, _merged(layer, domain))
+        _replace(model, name, merged[id(layer)])
     return _close_route(model)
 
 
@@ -148,15 +165,15 @@ def freeze_(model: nn.Module, *, except_: Sequence[str] = ()) -> nn.Module:
         kept = is_adapter_parameter(name) or any(fnmatchcase(name, glob) for glob in except_)
         parameter.requires_grad_(kept)
     for module in model.modules():
-        own_buffers = dict(module.named_buffers(recurse=False))
-        if "running_mean" in own_buffers and not any(p.requires_grad for p in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(_evaluating)
+        if "running_mean" in dict(module.named_buffers(recurse=False)):
+            _hold_statistics(module, not any(p.requires_grad for p in module.parameters(recurse=False)))
     return model
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The adapted layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    """The adapted layers by name; a layer in two places has two names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, LowRankLinear)}
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -237,17 +254,19 @@ def routed(model: nn.Module, domain: Tensor) -> Iterator[nn.Module]:
     **Shape**: ``domain (B,)`` integers, -1 for a row of no domain.
     """
     route = _route(model)
+    before = route.held, route.segments
     route.fill(domain)
     route.held = True
     try:
         yield model
     finally:
-        route.held = False
-        route.clear()
+        route.held, route.segments = before
 
 
 def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
+    modules = list(model.named_modules(remove_duplicate=False))
+    read_not_called = {id(m.out_proj) for _, m in modules if isinstance(m, nn.MultiheadAttention)}
+    linears = {name: m for name, m in modules if isinstance(m, nn.Linear) and name and id(m) not in read_not_called}
     chosen: dict[str, nn.Linear] = {}
     for glob in include:
         hits = {name: layer for name, layer in linears.items() if fnmatchcase(name, glob)}
@@ -272,7 +291,7 @@ def _reader(model: nn.Module, domain: str | DomainOf | None) -> DomainOf | None:
         )
 
     def read(*args: Any, **kwargs: Any) -> Tensor:
-        found: Tensor = signature.bind(*args, **kwargs).arguments[domain]
+        found: Tensor = signature.bind(*args, **kwargs).arguments.get(domain)
         return found
 
     return read
@@ -324,16 +343,38 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _merged(layer: LowRankLinear, domain: int) -> nn.Linear:
-    """A copy of the base with the correction inside; a subclass of ``nn.Linear`` stays what it is."""
+    """The base with the correction inside, in a module of its own."""
     weight, bias = layer.correction(domain)
-    merged = copy.deepcopy(layer.base)
+    merged = _plain(layer.base, domain)
     with torch.no_grad():
         merged.weight.add_(weight)
         if bias is not None and merged.bias is None:
-            merged.bias = nn.Parameter(bias.detach().clone())
+            merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=merged.weight.requires_grad)
         elif bias is not None:
             merged.bias.add_(bias)
     return merged
+
+
+def _plain(base: nn.Linear, domain: int) -> nn.Linear:
+    """What ``base`` is for one domain, as a layer that computes ``x W + b`` and nothing else."""
+    if hasattr(base, "plain"):
+        found: nn.Linear = base.plain(domain)
+        return found
+    if type(base).forward is not nn.Linear.forward or is_parametrized(base):
+        raise ConfigError(
+            "only layers that compute x W + b from weights of their own can be merged",
+            received=type(base).__name__,
+            next_step="Give the class a method plain(domain) that returns an nn.Linear, or remove the parametrisation",
+        )
+    return copy.deepcopy(base)
+
+
+def _hold_statistics(module: nn.Module, hold: bool) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _evaluating:
+            del module._forward_pre_hooks[key]
+    if hold:
+        module.register_forward_pre_hook(_evaluating)
 
 
 def _evaluating(module: nn.Module, _: object) -> None:

@@ -1,8 +1,8 @@
 """The two ways to compute corrections of many domains in one batch, each with its own backward pass.
 
-``add_corrections`` adds ``s (x A_d) B_d + c_d`` to what the base gave: exact for any base, and nothing but zeros is added by a
-fresh adapter. ``merged_linear`` multiplies a domain's rows by ``W + s A_d B_d``: one product a domain and no further pass
-over the activations, which wins as soon as a domain has more rows than the merge costs. Both compute only the domains that
+``add_corrections`` adds ``s (x A_d) B_d + c_d`` to what the base gave: exact for any base, and a fresh adapter adds nothing
+but zeros. ``merged_linear`` multiplies a domain's rows by ``W + s A_d B_d``: one product a domain and no further pass over
+the activations, which wins as soon as a domain has more rows than the merge costs. Both compute only the domains that
 occur in the batch.
 """
 

@@ -18,6 +18,8 @@ from domlora.errors import ConfigError, UnknownDomainError
 
 __all__ = ["DomainRoute", "LowRankLinear", "rank_for"]
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class DomainRoute:
     """The cell through which the domain of each row reaches layers that are buried in a model.
@@ -43,11 +45,9 @@ class DomainRoute:
         Raises:
             UnknownDomainError: a number outside that range.
         """
-        if domain.dim() != 1 or domain.is_floating_point():
-            raise ConfigError(
-                "the domain of each row must be a vector of integers",
-                received=f"{domain.dtype} of shape {tuple(domain.shape)}",
-            )
+        if not isinstance(domain, Tensor) or domain.dim() != 1 or domain.dtype not in _INTEGERS:
+            kind = f"{domain.dtype} of shape {tuple(domain.shape)}" if isinstance(domain, Tensor) else domain
+            raise ConfigError("the domain of each row must be a vector of integers", received=kind)
         order = None
         if domain.numel() > 1 and not bool((domain[1:] >= domain[:-1]).all()):
             domain, order = torch.sort(domain, stable=True)
@@ -66,6 +66,7 @@ class DomainRoute:
         self.segments = Segments(order, tuple(spans), start)
 
     def clear(self) -> None:
+        """Forget the batch."""
         self.segments = None
 
 
@@ -122,6 +123,8 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if rank < 0 or (rank == 0 and not bias):
             raise ConfigError("an adapter needs a rank of at least 1, or 0 and a bias", received=(rank, bias))
+        if lora_alpha is not None and not (lora_alpha > 0 and math.isfinite(lora_alpha)):
+            raise ConfigError("lora_alpha must be a number above 0, or None for a scale of 1", received=lora_alpha)
         num_domains = route.num_domains
         self.base = base
         self.route = route
@@ -153,17 +156,41 @@ class LowRankLinear(nn.Module):
         weight = (self.lora_A[domain] @ self.lora_B[domain]).T * self.scale
         return weight, None if self.lora_bias is None else self.lora_bias[domain]
 
+    @property
+    def weight(self) -> Tensor:
+        """Refused: a module that reads a layer's weight instead of calling the layer would never see the adapter."""
+        raise ConfigError(
+            "an adapted layer must be called; this model reads its weight instead, as nn.MultiheadAttention does",
+            next_step="Exclude the layer from attach_, or turn the module's fast path off",
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.route.enabled:
             plain: Tensor = self.base(x)
             return plain
         segments = self._segments(x)
-        banks = (self.lora_A, self.lora_B, self.lora_bias, self.scale, segments)
         # merging is for training alone: its products have fewer rows each, which moves the last bits
-        if self.training and type(self.base) is nn.Linear and merging_pays(segments, x, self.out_features):
-            return merged_linear(x, self.base.weight, self.base.bias, *banks)
+        if self.training and self._may_merge(x) and merging_pays(segments, x, self.out_features):
+            return merged_linear(x, self.base.weight, self.base.bias, *self._banks(x.dtype), self.scale, segments)
         out: Tensor = self.base(x)
-        return add_corrections(out, x, *banks) if segments.spans else out
+        if not segments.spans:
+            return out
+        if not self._plain_base() or out._is_view():  # somebody else may hold what would be changed in place
+            out = out.clone()
+        return add_corrections(out, x.to(out.dtype), *self._banks(out.dtype), self.scale, segments)
+
+    def _may_merge(self, x: Tensor) -> bool:
+        one_dtype = x.dtype == self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type)
+        return one_dtype and self._plain_base()
+
+    def _plain_base(self) -> bool:
+        """Whether the base is ``x W + b`` and nobody watches it."""
+        return type(self.base) is nn.Linear and not self.base._forward_hooks and not self.base._forward_pre_hooks
+
+    def _banks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The banks in the type that the base computes in (another one under autocast)."""
+        bias = None if self.lora_bias is None else self.lora_bias.to(dtype)
+        return self.lora_A.to(dtype), self.lora_B.to(dtype), bias
 
     def _segments(self, x: Tensor) -> Segments:
         segments = self.route.segments
@@ -172,10 +199,10 @@ class LowRankLinear(nn.Module):
                 "an adapted layer was called outside its model's forward",
                 next_step="Call the model that attach_ was given, or wrap the call in routed(model, domain)",
             )
-        if segments.num_rows != x.shape[0]:
+        if x.dim() < 2 or segments.num_rows != x.shape[0]:
             raise ConfigError(
                 "an adapted layer needs one domain for each row of its input",
-                received={"rows": x.shape[0], "domains": segments.num_rows},
+                received={"input": tuple(x.shape), "domains": segments.num_rows},
             )
         return segments
 

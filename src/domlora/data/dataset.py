@@ -270,7 +270,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _damaged(f"the manifest cannot be read ({error})", folder / "manifest.json") from error
-    if (manifest.get("format"), manifest.get("format_version")) != (FORMAT, FORMAT_VERSION):
+    known = isinstance(manifest, dict) and (manifest.get("format"), manifest.get("format_version"))
+    if known != (FORMAT, FORMAT_VERSION):
         raise _damaged(f"the manifest must be that of a {FORMAT} of version {FORMAT_VERSION}", folder / "manifest.json")
     return manifest
 

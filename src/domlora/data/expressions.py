@@ -28,7 +28,7 @@ def engine_errors(name: str) -> Iterator[None]:
 
 
 def plain(column: Any) -> Any:
-    """A column whose equal values are one: NaN becomes null and -0.0 becomes 0.0, which engines group differently."""
+    """A column without NaN (null instead) and -0.0 (0.0 instead), so that no engine's own idea of equality matters."""
     return ibis.ifelse(column.isnan(), None, column + 0.0) if column.type().is_floating() else column
 
 

@@ -1,95 +1,27 @@
-"""Folders that are there or not, never half: checksums, new folders, published archives."""
+"""Where raw files are: a named folder, the cache, or the publisher's archive."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from domlora.errors import DataError
+from domlora.files import new_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Archive", "cache_folder", "find_raw", "new_folder", "sha256_of"]
+__all__ = ["Archive", "cache_folder", "find_raw"]
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30.0
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.json") -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out``, complete and on disk, when the block ends well.
-
-    When the block fails or is interrupted, nothing is left behind and a former ``out`` stays as it was.
-
-    Args:
-        out: where the folder will be; its parents are made.
-        overwrite: replace a folder that is there. Only one that holds ``marker`` is replaced, so that a mistyped path
-            cannot cost anybody a home directory.
-        marker: a file that every folder of this kind holds.
-
-    Raises:
-        DataError: ``out`` exists and may not be replaced.
-    """
-    if out.exists() and not overwrite:
-        raise DataError("the output folder must not exist", received=str(out), next_step="Pass overwrite to replace it")
-    if out.exists() and not (out / marker).is_file():
-        raise DataError(
-            f"only a folder with a {marker} is replaced", received=str(out), next_step="Choose another folder"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        fresh = work / "new"  # made by mkdir and not by mkdtemp, whose folders nobody else may read
-        fresh.mkdir()
-        yield fresh
-        _sync(fresh)
-        _put(fresh, out, work / "old")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _put(fresh: Path, out: Path, old: Path) -> None:
-    """Rename ``fresh`` to ``out``, with a former ``out`` moved to ``old`` and brought back if that fails."""
-    if out.exists():
-        out.rename(old)
-    try:
-        fresh.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    _sync_one(out.parent)
-
-
-def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync_one(path)
-    _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,19 @@ import pyarrow.parquet as pq
 
 from domlora.data.dataset import DOMAIN_COLUMN, FORMAT, FORMAT_VERSION, LABEL_COLUMN, SPLITS, USER_COLUMN
 from domlora.data.expressions import cells, coded, engine_errors, join, joined, plain, stored
-from domlora.data.files import new_folder, sha256_of
 from domlora.data.sources import LabelRule, RawTable, open_source
 from domlora.errors import ConfigError, DataError, SchemaError, nearest
-from domlora.features.encode import ABSENT_USER, Encoder, canonical_text, order_vocabulary, standardise, user_number
+from domlora.features.encode import (
+    ABSENT_USER,
+    Encoder,
+    canonical_text,
+    fit_numeric,
+    fit_vocabulary,
+    standardise,
+    user_number,
+)
 from domlora.features.schema import FIRST_ID, OOV_ID, PAD_ID, Feature, Schema
+from domlora.files import new_folder, sha256_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -202,9 +210,8 @@ class _Preparation:
         domains = tuple(sorted(names, key=_by_number if all(map(_is_integer, names)) else str))
         position = {name: position for position, name in enumerate(domains)}
         rows = coded(rows, groups, self.raw.rating, LABEL_COLUMN, self.rule, pa.int32())
-        rows = coded(
-            rows, groups, self.options.domain, DOMAIN_COLUMN, lambda v: position.get(canonical_text(v)), pa.int32()
-        )
+        number = _number_of(position, None)
+        rows = coded(rows, groups, self.options.domain, DOMAIN_COLUMN, number, pa.int32())
         rows = rows.filter(rows[LABEL_COLUMN].notnull(), rows[DOMAIN_COLUMN].notnull())
         stratum, order = [DOMAIN_COLUMN, LABEL_COLUMN], [_HASH]
         if self.time:
@@ -224,7 +231,7 @@ class _Preparation:
         """Usable rows of each domain and label; counts the others."""
         sizes = Counter[tuple[str, int]]()
         for group in groups.to_pylist():
-            label, name = self.rule(group[self.raw.rating]), _text(group[self.options.domain], self.options.domain)
+            label, name = self.rule(group[self.raw.rating]), canonical_text(group[self.options.domain])
             usable = group["__chosen"]
             if label is None:
                 self.dropped["rating missing or not a number"] += group["__size"]
@@ -245,6 +252,10 @@ class _Preparation:
         columns = {name: pa.array([key[part] for key in strata], pa.int32()) for part, name in enumerate(stratum)}
         for cut, share in (("__cut_1", train), ("__cut_2", train + valid)):
             columns[cut] = pa.array([math.floor(size * share + 0.5) for size in strata.values()], pa.int64())
+        if not any(columns["__cut_1"].to_pylist()):
+            raise DataError(
+                "no row trains", received=dict(strata), next_step="Use more rows or a larger first fraction"
+            )
         return ibis.memtable(pa.table(columns))
 
     def encoded(self, rows: Any, domains: tuple[str, ...]) -> tuple[Any, Encoder]:
@@ -252,9 +263,10 @@ class _Preparation:
         options, user = self.options, self.raw.user
         names = dict.fromkeys([*options.features, *([] if user is None else [user])])
         keys = {name: cells(rows, [name], rows[_SPLIT] == 0) for name in names}
-        vocabularies = {name: _vocabulary(keys[name], name) for name in options.categorical}
+        sizes = {name: _sizes(keys[name], name) for name in options.features}
+        vocabularies = {name: fit_vocabulary(name, sizes[name]) for name in options.categorical}
         features = tuple(
-            _statistics(keys[name], name)
+            fit_numeric(name, sizes[name])
             if name in options.numeric
             else Feature(name, num_ids=FIRST_ID + len(vocabularies[name]))
             for name in options.features
@@ -262,10 +274,11 @@ class _Preparation:
         schema = Schema(features, domains, domain=options.domain, label=_LABEL, user=user, time=self.raw.time)
         codes = {}
         for slot, name in enumerate(options.categorical):
-            rows = coded(rows, keys[name], name, f"__ids_{slot}", _id_of(vocabularies[name]), pa.int32())
+            ids = {"": PAD_ID, **{word: FIRST_ID + place for place, word in enumerate(vocabularies[name])}}
+            rows = coded(rows, keys[name], name, f"__ids_{slot}", _number_of(ids, OOV_ID), pa.int32())
             codes[name] = rows[f"__ids_{slot}"].fill_null(PAD_ID)
         if user is not None:
-            rows = coded(rows, keys[user], user, USER_COLUMN, _user_number, pa.int64())
+            rows = coded(rows, keys[user], user, USER_COLUMN, lambda v: user_number(canonical_text(v)), pa.int64())
             codes[USER_COLUMN] = rows[USER_COLUMN].fill_null(ABSENT_USER)
         numbers = {name: rows[name].cast("float64") for name in options.numeric}
         rows = rows.select(_SPLIT, _POSITION, DOMAIN_COLUMN, LABEL_COLUMN, **codes, **numbers)
@@ -295,25 +308,6 @@ class _Preparation:
             shard = rows.filter(position >= start, position < start + self.options.shard_rows).order_by(_POSITION)
             _write(shard.drop(_SPLIT, _POSITION).to_pyarrow(), schema, self.folder / files[-1])
         return files
-
-
-def _vocabulary(keys: pa.Table, name: str) -> list[str]:
-    sizes = Counter[str]()
-    for value, size in zip(keys.column(name).to_pylist(), keys.column("__chosen").to_pylist(), strict=True):
-        text = _text(value, name)
-        if size:
-            sizes[text] += size
-    return order_vocabulary(sizes)
-
-
-def _statistics(keys: pa.Table, name: str) -> Feature:
-    """Mean and std over the training split, from exact sums: the order of rows cannot change a bit."""
-    pairs = zip(keys.column(name).to_pylist(), keys.column("__chosen").to_pylist(), strict=True)
-    sizes = [(float(value), size) for value, size in pairs if value is not None and math.isfinite(value)]
-    total = sum(size for _, size in sizes) or 1
-    mean = math.fsum(value * size for value, size in sizes) / total
-    variance = math.fsum(size * (value - mean) ** 2 for value, size in sizes) / total
-    return Feature(name, "numeric", mean=mean, std=math.sqrt(variance) or 1.0)
 
 
 def _write(table: pa.Table, schema: Schema, path: Path) -> None:
@@ -347,17 +341,9 @@ def _check(raw: RawTable, options: _Options) -> None:
         )
     if options.split == "time" and raw.time is None:
         raise ConfigError(f"{raw.name} holds no usable times", received="time", next_step="Use the random split")
-    for name in (*options.features, *raw.key):
-        if name not in types:
+    for name in (*options.features, *raw.key, raw.rating, raw.user, raw.time):
+        if name is not None and name not in types:
             raise ConfigError(f"{raw.name} has no such column", received=name, next_step=nearest(name, types))
-    for name in raw.key:
-        if not (types[name].is_string() or types[name].is_integer() or types[name].is_boolean()):
-            # engines print other types in different ways
-            raise SchemaError(f"key column {name!r} must be text, integer or boolean", received=str(types[name]))
-    _check_features(raw, options, types)
-
-
-def _check_features(raw: RawTable, options: _Options, types: Any) -> None:
     for name in options.features:
         if name == raw.rating or name == _LABEL or name.startswith("__"):
             raise ConfigError(
@@ -368,6 +354,18 @@ def _check_features(raw: RawTable, options: _Options, types: Any) -> None:
             raise ConfigError(
                 "a numeric column must be a feature", received=name, next_step=nearest(name, options.features)
             )
+    _check_types(raw, options, types)
+
+
+def _check_types(raw: RawTable, options: _Options, types: Any) -> None:
+    for name in raw.key:
+        if not (types[name].is_string() or types[name].is_integer() or types[name].is_boolean()):
+            # engines print other types in different ways
+            raise SchemaError(f"key column {name!r} must be text, integer or boolean", received=str(types[name]))
+    for name in (*options.categorical, options.domain, raw.rating, raw.user or raw.rating):
+        if not (types[name].is_string() or types[name].is_numeric() or types[name].is_boolean()):
+            raise SchemaError(f"column {name!r} must hold text, numbers or booleans", received=str(types[name]))
+    for name in options.numeric:
         if not types[name].is_numeric():
             raise SchemaError(f"numeric feature {name!r} must be a column of numbers", received=str(types[name]))
 
@@ -383,20 +381,13 @@ def _steps(progress: Progress | None, name: str) -> Step:
     return step
 
 
-def _text(value: Any, name: str) -> str:
-    try:
-        return canonical_text(value)
-    except SchemaError as error:
-        raise SchemaError(f"column {name!r} cannot be encoded: {str(error).removesuffix('.')}") from error
+def _sizes(keys: pa.Table, name: str) -> list[tuple[Any, int]]:
+    """The values of a column and the training rows that have each."""
+    return list(zip(keys.column(name).to_pylist(), keys.column("__chosen").to_pylist(), strict=True))
 
 
-def _id_of(words: list[str]) -> Callable[[Any], int]:
-    ids = {"": PAD_ID, **{word: FIRST_ID + position for position, word in enumerate(words)}}
-    return lambda value: ids.get(canonical_text(value), OOV_ID)
-
-
-def _user_number(value: Any) -> int:
-    return user_number(canonical_text(value))
+def _number_of(numbers: Mapping[str, int], other: int | None) -> Callable[[Any], int | None]:
+    return lambda value: numbers.get(canonical_text(value), other)
 
 
 def _is_integer(text: str) -> bool:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Self
 import ibis
 
 from domlora.data.expressions import engine_errors
-from domlora.data.files import Archive, find_raw, sha256_of
+from domlora.data.files import Archive, find_raw
 from domlora.errors import ConfigError, DataError, nearest
 from domlora.features.encode import canonical_text
+from domlora.files import sha256_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +25,8 @@ __all__ = [
     "UNKNOWN_DOMAIN",
     "Encoder",
     "canonical_text",
-    "order_vocabulary",
+    "fit_numeric",
+    "fit_vocabulary",
     "standardise",
     "user_number",
 ]
@@ -32,6 +35,8 @@ UNKNOWN_DOMAIN = -1
 """``Batch.domain`` of a row whose domain is absent or was not prepared."""
 ABSENT_USER = -1
 """``Batch.user`` of a row without a user."""
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 Column = Sequence[Any] | NDArray[Any]
 
@@ -94,13 +99,49 @@ def user_number(text: str) -> int:
     return int(hashlib.md5(_utf8(text), usedforsecurity=False).hexdigest()[:16], 16) >> 1
 
 
-def order_vocabulary(counts: Mapping[str, int]) -> list[str]:
-    """The words of a feature in the order of their ids: frequent first, equal counts by text; absent is no word.
+def fit_vocabulary(name: str, sizes: Iterable[tuple[Any, int]]) -> list[str]:
+    """The words of a categorical feature in the order of their ids: frequent first, equally frequent ones by text.
 
-    >>> order_vocabulary({"b": 2, "a": 2, "c": 9, "": 4})
-    ['c', 'a', 'b']
+    Args:
+        name: of the feature, for messages.
+        sizes: raw values, each with the number of training rows that have it. Absent values and those that no training
+            row has are no words.
+
+    Raises:
+        SchemaError: a value that has no canonical text.
+
+    Example:
+        >>> fit_vocabulary("item", [("b", 2), (3, 1), ("3 ", 1), ("c", 9), (None, 4), ("rare", 0)])
+        ['c', '3', 'b']
     """
-    return sorted((word for word in counts if word), key=lambda word: (-counts[word], word))
+    counts = Counter[str]()
+    for value, size in sizes:
+        try:
+            counts[canonical_text(value)] += size
+        except SchemaError as error:
+            raise SchemaError(f"column {name!r} cannot be encoded: {str(error).removesuffix('.')}") from error
+    return sorted((word for word in counts if word and counts[word]), key=lambda word: (-counts[word], word))
+
+
+def fit_numeric(name: str, sizes: Iterable[tuple[Any, int]]) -> Feature:
+    """A numeric feature with mean and standard deviation (of the population) over the training rows.
+
+    The sums are exact, so the order of rows cannot change a bit. Absent values, and those that no float32 holds, are
+    left out; a feature that never changes gets std 1.
+
+    Args:
+        name: of the feature.
+        sizes: raw numbers, each with the number of training rows that have it.
+
+    Example:
+        >>> fit_numeric("age", [(2, 1), (4, 1), (None, 7)])
+        Feature(name='age', kind='numeric', num_ids=0, mean=3.0, std=1.0)
+    """
+    usable = [(float(value), size) for value, size in sizes if value is not None and abs(value) <= _LARGEST]
+    total = sum(size for _, size in usable) or 1
+    mean = math.fsum(value * size for value, size in usable) / total
+    variance = math.fsum(size * (value - mean) ** 2 for value, size in usable) / total
+    return Feature(name, "numeric", mean=mean, std=math.sqrt(variance) or 1.0)
 
 
 def standardise(values: Column, feature: Feature) -> NDArray[np.float32]:

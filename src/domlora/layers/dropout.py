@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domlora.errors import ConfigError
+
 __all__ = ["Dropout", "keep_mask", "relu_dropout"]
 
 _PLANES = 8
@@ -28,10 +30,15 @@ class Dropout(nn.Module):
 
     Args:
         p: probability to drop a unit, in [0, 1).
+
+    Raises:
+        ConfigError: ``p`` is out of range.
     """
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
+        if not 0 <= p < 1:
+            raise ConfigError("dropout must be a probability in [0, 1)", received=p)
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

@@ -75,9 +75,11 @@ class PartitionedNorm(nn.Module):
         zeros = x.new_zeros(self.num_domains + 1, x.shape[1])
         mean = zeros.index_add(0, row, x) / divisor
         var = zeros.index_add(0, row, (x - mean.index_select(0, row)).square()) / divisor
-        pooled_var, pooled_mean = torch.var_mean(x, dim=0, correction=0, keepdim=True)
+        share = count / x.shape[0]
+        pooled_mean = share @ mean
+        pooled_var = share @ (var + (mean - pooled_mean).square())  # within the groups and between them
         count[-1] = x.shape[0]
-        return torch.cat([mean[:-1], pooled_mean]), torch.cat([var[:-1], pooled_var]), count > 1
+        return torch.vstack([mean[:-1], pooled_mean]), torch.vstack([var[:-1], pooled_var]), count > 1
 
     @torch.no_grad()
     def _update_(self, mean: Tensor, var: Tensor, full: Tensor) -> None:

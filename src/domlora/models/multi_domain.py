@@ -127,6 +127,14 @@ class StarLinear(nn.Linear):
         y = torch.cat([F.linear(part, weight, bias) for part, weight, bias in groups])
         return y if rows.inverse is None else y.index_select(0, rows.inverse)
 
+    def plain(self, domain: int) -> nn.Linear:
+        """What this layer is for one domain: ``W = W_s ⊙ W_d``, ``b = b_s + b_d``."""
+        layer = nn.Linear(self.in_features, self.out_features)
+        with torch.no_grad():
+            layer.weight.copy_(self.weight * self.domain_weight[domain].view_as(self.weight))
+            layer.bias.copy_(self.bias + self.domain_bias[domain])
+        return layer.requires_grad_(self.weight.requires_grad)
+
     def _of_domains(self, domains: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The weight (out, in) and the bias (out,) of each domain."""
         scale = F.embedding(domains, self.domain_weight, sparse=self.sparse).view(-1, *self.weight.shape)

@@ -141,7 +141,7 @@ def run_study(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tasks = list(_tasks(study, folder, raw, threads=max((os.cpu_count() or 1) // jobs, 1)))
-    show = on_result or (lambda line: None)
+    show = on_result or _ignore
     if jobs == 1:
         for task in tasks:
             for line in _run(task):
@@ -194,6 +194,10 @@ def _prepared(name: str, spec: DatasetSpec, folder: Path, raw: Path | None) -> D
     return DatasetSpec(folder=str(out))
 
 
+def _ignore(_: dict[str, Any]) -> None:
+    """What to do with results when nobody watches."""
+
+
 def _run_all(task: _Task) -> list[dict[str, Any]]:
     return list(_run(task))
 
@@ -214,10 +218,17 @@ def _run(task: _Task) -> Iterator[dict[str, Any]]:
         line = {**facts, "model": "truth", "method": "truth", "key": _hash([facts, "truth"]), "config_hash": ""}
         yield done.get(line["key"]) or _keep(task, {**line, **_scores(data, truth)})
     for method in task.methods:
-        config = asdict(task.config)
+        config = _what_matters(task.config, method)
         line = {**facts, "model": task.config.model["name"], "method": method, "config_hash": _hash(config)}
-        line["key"] = _hash([line, config])
-        yield done.get(line["key"]) or _keep(task, {**line, **_train(task, data, method, line["key"])})
+        key = _hash([line, config])
+        yield done.get(key) or _keep(task, {**line, "key": key, **_train(task, data, method, key)})
+
+
+def _what_matters(config: Config, method: str) -> dict[str, Any]:
+    """The options that a run of this method depends on: changing the others does not make it run again."""
+    stages = {"base": ("pretrain",), "joint": ("joint", "adapter")}.get(method, ("pretrain", "adapt", "adapter"))
+    train = asdict(config.train)
+    return {"model": config.model, "method": method, **{name: train[name] for name in stages}}
 
 
 def _open(task: _Task) -> tuple[Dataset, Tensor | None]:
@@ -231,7 +242,7 @@ def _train(task: _Task, data: Dataset, method: str, key: str) -> dict[str, Any]:
     """Train, score the test split, and leave a base behind for second stages."""
     recipe = seeded(task.config.train, task.seed)
     checkpoint = task.folder / "checkpoints" / key
-    base = task.folder / "bases" / _hash([task.dataset, data.fingerprint(), asdict(task.config), task.seed])
+    base = task.folder / "bases" / _hash([data.fingerprint(), _what_matters(task.config, "base"), task.seed])
     if method in ("base", "joint"):
         model, found = pretrain(data, task.config.model, recipe, method=method, checkpoint=checkpoint)
         if method == "base":

@@ -62,9 +62,7 @@ def routed_call(layer: LowRankLinear, x: Tensor, domain: Tensor) -> Tensor:
 def gradients(layer: LowRankLinear, out: Tensor, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
     named = {"x": x, **dict(layer.named_parameters())}
     found = torch.autograd.grad(out, list(named.values()), upstream, allow_unused=True)
-    return {
-        name: torch.zeros_like(named[name]) if g is None else g for name, g in zip(named, found, strict=True)
-    }
+    return {name: torch.zeros_like(named[name]) if g is None else g for name, g in zip(named, found, strict=True)}
 
 
 def check_against_reference(layer: LowRankLinear, x: Tensor, domain: Tensor, tolerance: float = 1e-6) -> None:
@@ -143,6 +141,21 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], Tensor, Tensor]:
 def test_any_shape_domains_rank_and_order(case: tuple[dict[str, Any], Tensor, Tensor]) -> None:
     options, x, domain = case
     check_against_reference(layer_with(**options), x, domain, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("middle", [(), (3,)], ids=str)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_training_on_many_rows(middle: tuple[int, ...], shuffled: bool) -> None:
+    """Where merging a domain's weights is cheaper than correcting its rows."""
+    layer = layer_with().train()
+    domain = torch.arange(120) % 4 - 1
+    x = torch.randn(120, *middle, 4, generator=torch.Generator().manual_seed(0))
+    check_against_reference(layer, x, domain if shuffled else domain.sort().values)
+
+
+def test_training_and_evaluation_agree() -> None:
+    layer, x, domain = layer_with(), torch.randn(120, 4), torch.arange(120) % 3
+    close(routed_call(layer.train(), x, domain), routed_call(layer.eval(), x, domain))
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -259,14 +272,32 @@ def test_a_base_that_saves_its_output_for_the_backward_pass(activation: Any, num
     close(found, expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("numbers", [[0, 1], [1, 0]])
-def test_a_hook_that_keeps_the_bases_output_sees_the_bases_output(numbers: list[int]) -> None:
-    layer = layer_with()
+@pytest.mark.parametrize("repeats", [1, 50])
+def test_a_hook_that_keeps_the_bases_output_sees_the_bases_output(
+    numbers: list[int], repeats: int, training: bool
+) -> None:
+    layer = layer_with().train(training)
     kept: list[Tensor] = []
     layer.base.register_forward_hook(lambda _module, _inputs, out: kept.append(out))
-    x = torch.randn(2, 4)
-    routed_call(layer, x, torch.tensor(numbers))
+    x = torch.randn(2 * repeats, 4)
+    routed_call(layer, x, torch.tensor(numbers * repeats))
     assert torch.equal(kept[0], nn.functional.linear(x, layer.base.weight, layer.base.bias))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_hook_that_prepares_the_base_is_run(training: bool) -> None:
+    """The older spectral_norm computes the weight of a plain nn.Linear in a hook before each call."""
+    layer = layer_with(in_features=4, out_features=4, rank=2)
+    nn.utils.spectral_norm(layer.base)
+    layer.train(training)
+    x, domain = torch.randn(200, 4), torch.arange(200) % 3
+    with torch.no_grad():
+        for _ in range(30):  # until the norm has settled
+            layer.base(x)
+        found = routed_call(layer, x, domain)
+        close(found, reference(layer, x, domain), 1e-4)
 
 
 def test_inputs_are_left_alone() -> None:
@@ -312,18 +343,21 @@ def test_a_layer_twice_in_one_batch_and_two_batches_in_one_graph() -> None:
     close(found, torch.autograd.grad(plain, layer.lora_A)[0])
 
 
-def test_autocast_gives_what_the_base_gives() -> None:
-    layer, x, domain = layer_with(), torch.randn(3, 4), torch.tensor([0, 1, 2])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("repeats", [1, 50])
+def test_autocast_gives_what_the_base_gives(training: bool, repeats: int) -> None:
+    layer, x, domain = layer_with().train(training), torch.randn(3 * repeats, 4), torch.tensor([0, 1, 2] * repeats)
     with torch.autocast("cpu", torch.bfloat16):
         found = routed_call(layer, x, domain)
     assert found.dtype == torch.bfloat16
     close(found.float(), reference(layer, x, domain), 0.05)
 
 
-def test_a_second_derivative_is_right_or_refused() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_a_second_derivative_is_right_or_refused(training: bool) -> None:
     """A gradient penalty must not train on a wrong number."""
-    layer = layer_with(dtype=torch.float64)
-    x, domain = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2])
+    layer = layer_with(dtype=torch.float64).train(training)
+    x, domain = torch.randn(90, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2] * 30)
 
     def second(out: Tensor) -> Tensor:
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
@@ -383,7 +417,8 @@ def test_scale(alpha: float | None, rank: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": -1}, {"rank": 0, "bias": False}, {"lora_alpha": 0.0}, {"lora_alpha": -1.0}, {"lora_alpha": math.nan}]
+    "options",
+    [{"rank": -1}, {"rank": 0, "bias": False}, {"lora_alpha": 0.0}, {"lora_alpha": -1.0}, {"lora_alpha": math.nan}],
 )
 def test_numbers_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -405,7 +440,8 @@ def test_unknown_domains_are_named(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "domain", [torch.tensor([[0], [1]]), torch.tensor(1), torch.tensor([0.0, 1.0]), torch.tensor([True, False]), None, [0, 1]]
+    "domain",
+    [torch.tensor([[0], [1]]), torch.tensor(1), torch.tensor([0.0, 1.0]), torch.tensor([True, False]), None, [0, 1]],
 )
 def test_what_is_not_a_vector_of_integers_is_refused(domain: Any) -> None:
     with pytest.raises(ConfigError, match="vector of integers"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from domlora.data.files import Archive, cache_folder, find_raw, new_folder, sha256_of
+from domlora.data.files import Archive, cache_folder, find_raw
 from domlora.errors import DataError
 
 ARCHIVE = Archive("Toys", "toys", (("a.txt", "b.txt"), ("c.bin",)), url="", md5="", inner=("deep/inside",))
@@ -55,78 +55,6 @@ def put(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).write_text(name)
     return folder
-
-
-def test_sha256_of(tmp_path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
-
-
-# --- new_folder ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_new_folder_appears_at_the_end(tmp_path) -> None:
-    out = tmp_path / "deep" / "out"
-    with new_folder(out) as fresh:
-        (fresh / "x").write_text("1")
-        assert not out.exists()
-    assert (out / "x").read_text() == "1"
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_folder_leaves_nothing(tmp_path, interruption) -> None:
-    def half() -> None:
-        with new_folder(tmp_path / "out") as fresh:
-            (fresh / "x").write_text("1")
-            raise interruption
-
-    with pytest.raises(interruption):
-        half()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_exists_is_refused(tmp_path) -> None:
-    put(tmp_path / "out", "manifest.json")
-    with pytest.raises(DataError, match="must not exist"), new_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_overwrite_replaces_a_marked_folder_and_only_when_all_went_well(tmp_path) -> None:
-    out = put(tmp_path / "out", "manifest.json", "old")
-    with pytest.raises(ValueError, match="half way"), new_folder(out, overwrite=True):
-        raise ValueError("half way")
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "old"]
-    with new_folder(out, overwrite=True) as fresh:
-        put(fresh, "manifest.json", "young")
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "young"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwrite_spares_a_folder_of_another_kind(tmp_path) -> None:
-    out = put(tmp_path / "out", "thesis.tex")
-    with pytest.raises(DataError, match=r"manifest\.json"), new_folder(out, overwrite=True):
-        pass
-    assert (out / "thesis.tex").exists()
-
-
-def test_the_old_folder_comes_back_when_the_rename_fails(tmp_path, monkeypatch) -> None:
-    out = put(tmp_path / "out", "manifest.json", "old")
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self.name == "new":
-            raise OSError("disk")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk"), new_folder(out, overwrite=True):
-        pass
-    assert (out / "old").exists()
-
-
-# --- find_raw -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

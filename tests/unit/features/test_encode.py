@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domlora.errors import DataError, SchemaError
-from domlora.features.encode import Encoder, canonical_text, order_vocabulary, standardise, user_number
+from domlora.features.encode import Encoder, canonical_text, fit_numeric, fit_vocabulary, standardise, user_number
 from domlora.features.schema import FIRST_ID, OOV_ID, PAD_ID, Feature, Schema
 
 SCHEMA = Schema(
@@ -95,8 +95,28 @@ def test_user_number_is_the_head_of_an_md5() -> None:
     assert user_number("\ud800") >= 0  # half a pair, as JSON may hold it
 
 
-def test_order_vocabulary_is_frequent_first_then_by_text() -> None:
-    assert order_vocabulary({"b": 1, "10": 3, "9": 3, "": 99, "a": 1}) == ["10", "9", "a", "b"]
+def test_a_vocabulary_is_frequent_first_then_by_text() -> None:
+    sizes = [("b", 1), (10, 1), ("10 ", 2), (9.0, 3), ("", 99), (None, 5), ("a", 1), ("unseen", 0)]
+    assert fit_vocabulary("x", sizes) == ["10", "9", "a", "b"]
+    with pytest.raises(SchemaError, match="'x' cannot be encoded"):
+        fit_vocabulary("x", [([1], 1)])
+
+
+def test_fit_numeric() -> None:
+    values = [1.5, 2.5, 2.5, 7.0, -3.25]
+    feature = fit_numeric(
+        "x", [(1.5, 1), (2.5, 2), (Decimal(7), 1), (-3.25, 1), (None, 9), (1e300, 4), (float("inf"), 1)]
+    )
+    assert (feature.mean, feature.std) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values)))
+    assert abs(standardise(values, feature).mean()) < 1e-7
+    assert fit_numeric("x", [(4, 3)]) == Feature("x", "numeric", mean=4.0, std=1.0)
+    assert fit_numeric("x", []) == Feature("x", "numeric", mean=0.0, std=1.0)
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 3)), min_size=1), st.randoms())
+def test_statistics_do_not_hang_on_the_order_of_rows(sizes, random) -> None:
+    shuffled = random.sample(sizes, len(sizes))
+    assert fit_numeric("x", sizes) == fit_numeric("x", shuffled)
 
 
 def test_encode() -> None:

@@ -93,8 +93,9 @@ def test_ids_are_used_and_differ_between_plots(svgs):
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     pointed = set(re.findall(r'(?:href="|url\()#([\w-]+)', page))
+    named = {name for names in re.findall(r'aria-labelledby="([^"]*)"', page) for name in names.split()}
     assert pointed
-    assert pointed <= set(ids)
+    assert pointed | named == set(ids)
 
 
 def test_names_stay_text():

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002 - stand-ins keep the signatures of what they stand in for
 from __future__ import annotations
 
 import hashlib
@@ -27,11 +28,13 @@ class Click(nn.Module):
         self.head = nn.Linear(8, 1)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
-        logit: Tensor = self.head(self.tower(self.norm(torch.cat([self.embedding(ids).flatten(1), dense], 1)))).squeeze(1)
+        logit: Tensor = self.head(self.tower(self.norm(torch.cat([self.embedding(ids).flatten(1), dense], 1)))).squeeze(
+            1
+        )
         return logit
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What the tests kill a run with."""
 
 
@@ -50,12 +53,15 @@ class Watched:
     def num_rows(self, split: str) -> int:
         return self.data.num_rows(split)
 
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
     def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
         self.asked.append((split, seed, epoch))
         for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch):
             if split == "train":
                 if self.kill_after is not None and len(self.sizes) >= self.kill_after:
-                    raise Killed
+                    raise KilledError
                 self.sizes.append(batch.num_rows)
             yield batch
 
@@ -90,8 +96,8 @@ def watched() -> type[Watched]:
 
 
 @pytest.fixture
-def killed() -> type[Killed]:
-    return Killed
+def killed() -> type[KilledError]:
+    return KilledError
 
 
 @pytest.fixture

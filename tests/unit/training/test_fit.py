@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002 - stand-ins keep the signatures of what they stand in for
 from __future__ import annotations
 
 import json
@@ -5,6 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from domlora.evaluation.evaluate import predict
 from domlora.evaluation.metrics import log_loss, macro_auc, wauc
 from domlora.features.batch import Batch
 from domlora.training.fit import Fit, FitOptions, Progress, fit, loss_of
-from domlora.training.optimizers import OptimizerOptions, Rule
+from domlora.training.optimizers import Optimizer, OptimizerOptions, Rule
 
 QUICK = FitOptions(batch_size=128, max_epochs=3, patience=9)
 FAST = OptimizerOptions(Rule(lr=0.01), Rule(lr=0.01), Rule(lr=0.01))
@@ -167,22 +169,23 @@ def test_cosine_ends_near_zero_and_constant_does_not(click: Any, data: Dataset) 
         seen: list[Tensor] = []
         options = replace(QUICK, batch_size=900, max_epochs=10, schedule=schedule, patience=99)
         fit(model, data, options, FAST, on_progress=lambda _, m=model, s=seen: s.append(m.head.weight.detach().clone()))
-        steps = [(after - before).abs().max().item() for before, after in zip(seen, seen[1:], strict=False)]
+        steps = [(after - before).abs().max().item() for before, after in pairwise(seen)]
         lengths[schedule] = steps[-1] / steps[0]
     assert lengths["cosine"] < 0.1 < lengths["constant"]
 
 
-def test_cosine_is_half_way_in_the_middle(data: Dataset) -> None:
-    from domlora.training.fit import _Run
-    from domlora.training.optimizers import Optimizer
+def test_cosine_formula(click: Any, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors: list[float] = []
 
-    model = nn.Linear(1, 1)
-    options = FitOptions(batch_size=100, max_epochs=4, schedule="cosine")
-    run = _Run(model, data, options, Optimizer(model, FAST), None)
-    factors = []
-    for run.steps in (0, 9 * 2, 9 * 4):
-        factors.append(run.lr_factor())
-    assert factors == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+    class Recording(Optimizer):
+        def step(self, lr_factor: float = 1.0) -> None:
+            factors.append(lr_factor)
+            super().step(lr_factor)
+
+    monkeypatch.setattr("domlora.training.fit.Optimizer", Recording)
+    fit(click(), data, FitOptions(batch_size=100, max_epochs=4, patience=9, schedule="cosine"), FAST)
+    expected = [(1 + math.cos(math.pi * step / 36)) / 2 for step in range(36)]  # 900 rows: 9 steps an epoch
+    assert factors == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_average_is_what_is_scored_and_kept(click: Any, data: Dataset) -> None:
@@ -308,9 +311,7 @@ def test_killed_and_resumed_is_straight_through(
     straight = make()
     expected = fit(straight, data, how, FAST, start_is_candidate=second)
     with pytest.raises(killed):
-        fit(
-            make(), watched(data, kill_after), how, FAST, start_is_candidate=second, checkpoint=tmp_path / "run"
-        )
+        fit(make(), watched(data, kill_after), how, FAST, start_is_candidate=second, checkpoint=tmp_path / "run")
     resumed = make()
     torch.rand(99)
     found = fit(resumed, data, how, FAST, start_is_candidate=second, checkpoint=tmp_path / "run")
@@ -319,7 +320,9 @@ def test_killed_and_resumed_is_straight_through(
 
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3])
-def test_killed_while_validating(click: Any, data: Dataset, digest: Any, killed: Any, tmp_path: Path, kill_at: int) -> None:
+def test_killed_while_validating(
+    click: Any, data: Dataset, digest: Any, killed: Any, tmp_path: Path, kill_at: int
+) -> None:
     """Progress is shown after a validation and before its checkpoint."""
     how = replace(QUICK, average_decay=0.9)
     straight = click()
@@ -339,7 +342,9 @@ def test_killed_while_validating(click: Any, data: Dataset, digest: Any, killed:
     assert digest(resumed) == digest(straight)
 
 
-def test_killed_again_and_again(click: Any, data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path) -> None:
+def test_killed_again_and_again(
+    click: Any, data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path
+) -> None:
     straight = click()
     expected = fit(straight, data, QUICK, FAST)
     for _ in range(3):
@@ -352,7 +357,9 @@ def test_killed_again_and_again(click: Any, data: Dataset, digest: Any, watched:
     assert digest(resumed) == digest(straight)
 
 
-def test_a_run_that_had_ended_is_not_trained_again(click: Any, data: Dataset, digest: Any, watched: Any, tmp_path: Path) -> None:
+def test_a_run_that_had_ended_is_not_trained_again(
+    click: Any, data: Dataset, digest: Any, watched: Any, tmp_path: Path
+) -> None:
     first = click()
     expected = fit(first, data, QUICK, FAST, checkpoint=tmp_path / "run")
     rows, again = watched(data), click()
@@ -452,13 +459,16 @@ def test_unknown_names_are_refused_with_the_nearest(change: dict[str, Any], gues
 
 
 def test_rows_need_no_dataset(click: Any, data: Dataset) -> None:
-    """Anything with the protocol's three members will do."""
+    """Anything with the members of the protocol will do."""
 
     class Rows:
         schema = data.schema
 
         def num_rows(self, split: str) -> int:
             return 200
+
+        def fingerprint(self) -> str:
+            return data.fingerprint()
 
         def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
             rows = data.read(split)

@@ -20,7 +20,7 @@ from domlora.models.build import build_model
 from domlora.training.fit import Fit
 from domlora.training.stages import METHODS, Recipe, adapt, adapter_options_of, pretrain, seeded
 
-MODEL = {"name": "star", "embedding_dim": 3, "hidden_units": [8, 4], "dropout": 0.3}
+MODEL = {"name": "mlp", "embedding_dim": 3, "hidden_units": [8, 4], "dropout": 0.3}
 STAGE = {
     "fit": {"batch_size": 128, "max_epochs": 3, "patience": 9, "evaluations_per_epoch": 2, "average_decay": 0.9},
     "optimizer": {kind: {"lr": 0.02} for kind in ("tables", "dense", "adapters")},
@@ -129,7 +129,7 @@ def test_same_seed_same_bits(data: Dataset, digest: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kill_after", [2, 10, 15])
+@pytest.mark.parametrize("kill_after", [2, 15])
 def test_killed_and_resumed_is_straight_through(
     data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path, method: str, kill_after: int
 ) -> None:
@@ -156,8 +156,8 @@ table, model = json.loads(sys.argv[3])
 shown = []
 
 def wait(at):
-    shown.append(at)
-    if at.rows == at.total_rows and len(shown) == 4:
+    shown.append(at.rows == at.total_rows)
+    if shown[-1] and sum(shown) == 4:
         print("validated", flush=True)
         sys.stdin.read()  # until killed
 
