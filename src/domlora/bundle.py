@@ -98,9 +98,9 @@ class Bundle:
             raise BundleError(f"{_BASE} must fit the model of {_MANIFEST} ({error})", received=str(folder)) from error
         adapter = None
         if manifest["adapter"] is not None:
-            adapter = AdapterOptions(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in manifest["adapter"].items()}
-            )
+            options: dict[str, Any] = manifest["adapter"]
+            globs: dict[str, Any] = {name: tuple(options[name]) for name in ("include", "exclude")}
+            adapter = AdapterOptions(**{**options, **globs})
             attach_(model, encoder.schema.num_domains, **asdict(adapter))
             for number, domain in enumerate(encoder.schema.domains):
                 load_rows_(model, number, load_file(folder / _adapter_file(domain)))

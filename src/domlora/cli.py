@@ -225,8 +225,9 @@ def study(
 
     plan = parse(Study, with_settings(read_toml(config), settings or ()))
     folder = out or Path("runs") / plan.name
-    results = run_study(plan, folder, raw=raw, jobs=jobs or os.cpu_count() or 1, on_result=_print_line)
-    _out.print(f"results in {results}\nmake the page with: domlora report {folder}", highlight=False)
+    command = " ".join(["domlora study", config.as_posix(), *(f"--set '{setting}'" for setting in settings or ())])
+    results = run_study(plan, folder, raw=raw, jobs=jobs or os.cpu_count() or 1, command=command, on_result=_print_line)
+    _out.print(f"results in {results}\nmake the page with: domlora report {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -238,14 +239,24 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
     """Make the table (mean and spread over seeds, paired differences with intervals) and one self-contained page."""
-    from domlora.studies.report import write_report
-    from domlora.studies.tables import read_results
+    try:
+        from domlora.studies.report import write_report
+    except ImportError as error:
+        raise ConfigError(
+            f"a report needs more libraries ({error})", next_step="Install them with: pip install 'domlora[report]'"
+        ) from error
+    from domlora.studies.study import read_facts
+    from domlora.studies.tables import read_results, tabulate
+    from domlora.studies.text import to_markdown
 
     results = read_results(folder / "results.jsonl")
     if not results:
         raise ConfigError("a report needs results", received=str(folder), next_step="Run: domlora study STUDY.toml")
-    write_report(results, out, markdown=markdown, csv=csv, title=title or str(results[0]["study"]))
-    _out.print(f"wrote {out}", highlight=False)
+    facts = read_facts(folder)
+    heading = title or facts["title"]
+    write_report(results, out, markdown=markdown, csv=csv, title=heading, command=facts["command"])
+    _out.print(to_markdown(tabulate(results)), markup=False, highlight=False, soft_wrap=True)
+    _out.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
 def _check_same_encoder(bundle: Any, rows: Any) -> None:

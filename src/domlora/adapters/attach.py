@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -291,8 +291,7 @@ def _reader(model: nn.Module, domain: str | DomainOf | None) -> DomainOf | None:
         )
 
     def read(*args: Any, **kwargs: Any) -> Tensor:
-        found: Tensor = signature.bind(*args, **kwargs).arguments.get(domain)
-        return found
+        return cast(Tensor, signature.bind(*args, **kwargs).arguments.get(domain))
 
     return read
 
@@ -357,9 +356,9 @@ def _merged(layer: LowRankLinear, domain: int) -> nn.Linear:
 
 def _plain(base: nn.Linear, domain: int) -> nn.Linear:
     """What ``base`` is for one domain, as a layer that computes ``x W + b`` and nothing else."""
-    if hasattr(base, "plain"):
-        found: nn.Linear = base.plain(domain)
-        return found
+    plain: Callable[[int], nn.Linear] | None = getattr(base, "plain", None)
+    if plain is not None:
+        return plain(domain)
     if type(base).forward is not nn.Linear.forward or is_parametrized(base):
         raise ConfigError(
             "only layers that compute x W + b from weights of their own can be merged",

@@ -19,12 +19,26 @@ What they share
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from domlora.errors import ConfigError, DataError, nearest
+from domlora.errors import ConfigError
+from domlora.evaluation.ranking import auc_and_mass, mean_auc, place_by_mass, rank
+from domlora.evaluation.rows import (
+    Floats,
+    Rows,
+    Weight,
+    compact,
+    mean_by_group,
+    one_of,
+    ratio,
+    read_rows,
+    same_length,
+    sum_by,
+    sum_by_group,
+)
 
 __all__ = [
     "GAUC",
@@ -47,10 +61,6 @@ __all__ = [
 
 Bins = Literal["equal_mass", "equal_width"]
 Metric = Literal["wauc", "auc"]
-Weight: TypeAlias = ArrayLike | None
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 
 class GAUC(NamedTuple):
@@ -87,8 +97,8 @@ def auc(label: ArrayLike, probability: ArrayLike, weight: Weight = None) -> floa
     >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.4, 0.8])
     0.875
     """
-    rows = _read(label, probability, weight)
-    return float(_auc_and_mass(_rank(rows), rows.weight)[0][0])
+    rows = read_rows(label, probability, weight)
+    return float(auc_and_mass(rank(rows), rows.weight)[0][0])
 
 
 def auc_by_group(
@@ -99,8 +109,8 @@ def auc_by_group(
     >>> auc_by_group([0, 1, 1, 0, 1], [0.2, 0.3, 0.1, 0.5, 0.9], [0, 0, 1, 2, 2], num_groups=4)
     array([ 1., nan,  1., nan])
     """
-    rows = _read(label, probability, weight, group, num_groups)
-    return _auc_and_mass(_rank(rows), rows.weight)[0]
+    rows = read_rows(label, probability, weight, group, num_groups)
+    return auc_and_mass(rank(rows), rows.weight)[0]
 
 
 def wauc(label: ArrayLike, probability: ArrayLike, domain: ArrayLike, weight: Weight = None) -> float:
@@ -114,8 +124,8 @@ def wauc(label: ArrayLike, probability: ArrayLike, domain: ArrayLike, weight: We
     >>> wauc([0, 1, 0, 1, 1], [0.1, 0.2, 0.9, 0.8, 0.7], domain=[0, 0, 1, 1, 1])
     0.4
     """
-    rows = _read(label, probability, weight, *_compact(domain))
-    return _mean_auc(*_auc_and_mass(_rank(rows), rows.weight))
+    rows = read_rows(label, probability, weight, *compact(domain))
+    return mean_auc(*auc_and_mass(rank(rows), rows.weight))
 
 
 def macro_auc(label: ArrayLike, probability: ArrayLike, domain: ArrayLike, weight: Weight = None) -> float:
@@ -124,8 +134,8 @@ def macro_auc(label: ArrayLike, probability: ArrayLike, domain: ArrayLike, weigh
     >>> macro_auc([0, 1, 0, 1, 1], [0.1, 0.2, 0.9, 0.8, 0.7], domain=[0, 0, 1, 1, 1])
     0.5
     """
-    value = auc_by_group(label, probability, *_compact(domain), weight)
-    return _mean_auc(value, np.ones_like(value))
+    value = auc_by_group(label, probability, *compact(domain), weight)
+    return mean_auc(value, np.ones_like(value))
 
 
 def gauc(label: ArrayLike, probability: ArrayLike, user: ArrayLike, weight: Weight = None) -> GAUC:
@@ -136,9 +146,9 @@ def gauc(label: ArrayLike, probability: ArrayLike, user: ArrayLike, weight: Weig
     >>> gauc([0, 1, 0, 1, 1], [0.1, 0.2, 0.9, 0.8, 0.7], user=[7, 7, 9, 9, 4])
     GAUC(value=0.5, coverage=0.8)
     """
-    rows = _read(label, probability, weight, *_compact(user))
-    value, mass = _auc_and_mass(_rank(rows), rows.weight)
-    return GAUC(_mean_auc(value, mass), float(_ratio(mass[~np.isnan(value)].sum(), mass.sum())))
+    rows = read_rows(label, probability, weight, *compact(user))
+    value, mass = auc_and_mass(rank(rows), rows.weight)
+    return GAUC(mean_auc(value, mass), float(ratio(mass[~np.isnan(value)].sum(), mass.sum())))
 
 
 def gauc_by_group(
@@ -150,16 +160,16 @@ def gauc_by_group(
     weight: Weight = None,
 ) -> Floats:
     """``gauc`` inside each group: a user's rows in another group do not count here."""
-    rows = _read(label, probability, weight, group, num_groups)
-    users, num_users = _compact(user)
-    _same_length(rows.label, users, "user")
-    pair, num_pairs = _compact(rows.group * num_users + users)
-    value, mass = _auc_and_mass(_rank(rows._replace(group=pair, num_groups=num_pairs)), rows.weight)
+    rows = read_rows(label, probability, weight, group, num_groups)
+    users, num_users = compact(user)
+    same_length(rows.label, users, "user")
+    pair, num_pairs = compact(rows.group * num_users + users)
+    value, mass = auc_and_mass(rank(rows._replace(group=pair, num_groups=num_pairs)), rows.weight)
     owner = np.zeros(num_pairs, dtype=np.int64)
     owner[pair] = rows.group
     scored = ~np.isnan(value)
     owner, value, mass = owner[scored], value[scored], mass[scored]
-    return _ratio(_sum_by(owner, mass * value, rows.num_groups), _sum_by(owner, mass, rows.num_groups))
+    return ratio(sum_by(owner, mass * value, rows.num_groups), sum_by(owner, mass, rows.num_groups))
 
 
 def bootstrap_difference(
@@ -188,18 +198,18 @@ def bootstrap_difference(
     >>> bootstrap_difference([0, 1, 0, 1], [0.1, 0.9, 0.2, 0.8], [0.1, 0.9, 0.2, 0.8], domain=[0, 0, 0, 0])
     Difference(difference=0.0, low=0.0, high=0.0)
     """
-    _one_of("metric", metric, get_args(Metric))
+    one_of("metric", metric, get_args(Metric))
     if num_samples < 1:
         raise ConfigError("num_samples must be at least 1", received=num_samples)
-    groups = _compact(domain) if metric == "wauc" else (None, None)
-    rows = _read(label, probability_a, None, *groups)
-    a, b = _rank(rows), _rank(_read(label, probability_b, None, *groups))
-    cluster, num_clusters = (None, rows.label.size) if user is None else _compact(user)
+    groups = compact(domain) if metric == "wauc" else (None, None)
+    rows = read_rows(label, probability_a, None, *groups)
+    a, b = rank(rows), rank(read_rows(label, probability_b, None, *groups))
+    cluster, num_clusters = (None, rows.label.size) if user is None else compact(user)
     if cluster is not None:
-        _same_length(rows.label, cluster, "user")
+        same_length(rows.label, cluster, "user")
 
     def difference(weight: Floats) -> float:
-        return _mean_auc(*_auc_and_mass(a, weight)) - _mean_auc(*_auc_and_mass(b, weight))
+        return mean_auc(*auc_and_mass(a, weight)) - mean_auc(*auc_and_mass(b, weight))
 
     random = np.random.default_rng(seed)
     draws = np.empty(num_samples)
@@ -224,7 +234,7 @@ def log_loss(label: ArrayLike, probability: ArrayLike, weight: Weight = None) ->
     >>> round(log_loss([0, 1], [0.5, 0.25]), 6)
     1.039721
     """
-    return float(_log_loss(_read(label, probability, weight, bounded=True))[0])
+    return float(_log_loss(read_rows(label, probability, weight, bounded=True))[0])
 
 
 def normalized_entropy(label: ArrayLike, probability: ArrayLike, weight: Weight = None) -> float:
@@ -235,7 +245,7 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike, weight: Weight 
     >>> normalized_entropy([0, 1], [0.5, 0.5])
     1.0
     """
-    return float(_normalized_entropy(_read(label, probability, weight, bounded=True))[0])
+    return float(_normalized_entropy(read_rows(label, probability, weight, bounded=True))[0])
 
 
 def predicted_over_observed(label: ArrayLike, probability: ArrayLike, weight: Weight = None) -> float:
@@ -244,7 +254,7 @@ def predicted_over_observed(label: ArrayLike, probability: ArrayLike, weight: We
     >>> predicted_over_observed([0, 1, 1, 0], [0.5, 0.5, 0.5, 1.0])
     1.25
     """
-    return float(_predicted_over_observed(_read(label, probability, weight, bounded=True))[0])
+    return float(_predicted_over_observed(read_rows(label, probability, weight, bounded=True))[0])
 
 
 def expected_calibration_error(
@@ -266,7 +276,7 @@ def expected_calibration_error(
     >>> expected_calibration_error([0, 1, 1, 1], [0.25, 0.25, 0.75, 0.75], num_bins=2)
     0.25
     """
-    return float(_expected_calibration_error(_read(label, probability, weight, bounded=True), num_bins, bins)[0])
+    return float(_expected_calibration_error(read_rows(label, probability, weight, bounded=True), num_bins, bins)[0])
 
 
 def calibration_by_group(
@@ -284,9 +294,9 @@ def calibration_by_group(
     >>> calibration_by_group([0, 1, 1], [0.5, 0.5, 0.9], [0, 0, 1]).normalized_entropy
     array([ 1., nan])
     """
-    rows = _read(label, probability, weight, group, num_groups, bounded=True)
+    rows = read_rows(label, probability, weight, group, num_groups, bounded=True)
     return Calibration(
-        click_rate=_mean_by_group(rows.label, rows),
+        click_rate=mean_by_group(rows.label, rows),
         log_loss=_log_loss(rows),
         normalized_entropy=_normalized_entropy(rows),
         predicted_over_observed=_predicted_over_observed(rows),
@@ -294,214 +304,31 @@ def calibration_by_group(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- foundations
+# The four formulas, for all groups at once.
 
 
-class _Rows(NamedTuple):
-    label: Bools
-    score: NDArray[np.floating[Any]]
-    weight: Floats
-    group: Ints
-    num_groups: int
-
-
-class _Ranking(NamedTuple):
-    """All that one sort of the rows tells about AUC; the weights may still change.
-
-    ``negative`` holds the negative rows by (group, score). The positive row ``positive[i]``, of group ``group[i]``, beats
-    the negatives of its group in front of place ``below[i]`` and ties with those from there to ``through[i]``. The
-    negatives of group g lie from ``first[g]`` to ``first[g + 1]``.
-    """
-
-    positive: Ints
-    group: Ints
-    below: Ints
-    through: Ints
-    negative: Ints
-    first: Ints
-
-
-def _order(rows: _Rows) -> tuple[Ints, Bools]:
-    """Row numbers by (group, score), and where a new (group, score) begins."""
-    # The default kind is numpy's vectorised sort, five times faster than "stable"; equal scores need no order.
-    order = np.argsort(rows.score)
-    starts = np.zeros(order.size, dtype=np.bool_)
-    if rows.num_groups > 1:
-        # Group and place in one integer: a stable sort by group at the speed of a plain one.
-        key = (rows.group[order] << 32) | np.arange(order.size)
-        key.sort()
-        order = order[key & 0xFFFFFFFF]
-        group = key >> 32
-        starts[1:] = group[1:] != group[:-1]
-    score = rows.score[order]
-    starts[1:] |= score[1:] != score[:-1]
-    starts[0] = True
-    return order, starts
-
-
-def _rank(rows: _Rows) -> _Ranking:
-    order, starts = _order(rows)
-    is_positive = rows.label[order]
-    at = np.flatnonzero(is_positive)  # taking by number is several times faster than by mask
-    positive, negative = order[at], order[np.flatnonzero(~is_positive)]
-    block = np.cumsum(starts)[at]  # ties form a block; counted from 1
-    begin = np.append(np.flatnonzero(starts), order.size)
-    edges = begin - np.append(0, np.cumsum(is_positive))[begin]  # negatives in front of each block
-    first = _offsets(rows.group[negative], rows.num_groups)
-    return _Ranking(positive, rows.group[positive], edges[block - 1], edges[block], negative, first)
-
-
-def _auc_and_mass(ranking: _Ranking, weight: Floats) -> tuple[Floats, Floats]:
-    """AUC and summed weight of each group."""
-    num_groups = ranking.first.size - 1
-    reach = _running_sum(weight[ranking.negative])
-    start = reach[ranking.first]
-    positives = weight[ranking.positive]
-    wins = positives * (reach[ranking.below] + reach[ranking.through] - 2 * start[ranking.group])  # twice the wins
-    positive, negative = _sum_by(ranking.group, positives, num_groups), np.diff(start)
-    value = _ratio(_sum_by(ranking.group, wins, num_groups), 2 * positive * negative)
-    return value.clip(0.0, 1.0), positive + negative
-
-
-def _mean_auc(value: Floats, mass: Floats) -> float:
-    scored = ~np.isnan(value)
-    return float(_ratio(np.dot(value[scored], mass[scored]), mass[scored].sum()))
-
-
-def _log_loss(rows: _Rows) -> Floats:
+def _log_loss(rows: Rows) -> Floats:
     eps = np.finfo(rows.score.dtype).eps
     p = rows.score.clip(eps, 1 - eps).astype(np.float64)
-    return _mean_by_group(-np.log(np.where(rows.label, p, 1 - p)), rows)
+    return mean_by_group(-np.log(np.where(rows.label, p, 1 - p)), rows)
 
 
-def _normalized_entropy(rows: _Rows) -> Floats:
-    rate = _mean_by_group(rows.label, rows)
+def _normalized_entropy(rows: Rows) -> Floats:
+    rate = mean_by_group(rows.label, rows)
     rate[(rate == 0) | (rate == 1)] = np.nan
-    return _ratio(_log_loss(rows), -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)))
+    return ratio(_log_loss(rows), -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)))
 
 
-def _predicted_over_observed(rows: _Rows) -> Floats:
-    return _ratio(_sum_by_group(rows.score, rows), _sum_by_group(rows.label, rows))
+def _predicted_over_observed(rows: Rows) -> Floats:
+    return ratio(sum_by_group(rows.score, rows), sum_by_group(rows.label, rows))
 
 
-def _expected_calibration_error(rows: _Rows, num_bins: int, bins: Bins) -> Floats:
-    _one_of("bins", bins, get_args(Bins))
+def _expected_calibration_error(rows: Rows, num_bins: int, bins: Bins) -> Floats:
+    one_of("bins", bins, get_args(Bins))
     if num_bins < 1:
         raise ConfigError("num_bins must be at least 1", received=num_bins)
-    place = _place_by_mass(rows) if bins == "equal_mass" else rows.score.astype(np.float64)
+    place = place_by_mass(rows) if bins == "equal_mass" else rows.score.astype(np.float64)
     number = np.minimum((place * num_bins).astype(np.int64), num_bins - 1)
     cells = rows._replace(group=rows.group * num_bins + number, num_groups=rows.num_groups * num_bins)
-    gap = np.abs(_sum_by_group(rows.score.astype(np.float64) - rows.label, cells))
-    return _ratio(gap.reshape(-1, num_bins).sum(axis=1), _sum_by_group(1.0, rows))
-
-
-def _place_by_mass(rows: _Rows) -> Floats:
-    """The share of its group's weight that lies below each row, half of its own ties included."""
-    order, starts = _order(rows)
-    mass = _running_sum(rows.weight[order])
-    edges = mass[np.append(np.flatnonzero(starts), order.size)]
-    middle = ((edges[:-1] + edges[1:]) / 2)[np.cumsum(starts) - 1]
-    first = mass[_offsets(rows.group, rows.num_groups)]
-    group = rows.group[order]
-    place = np.empty(order.size)
-    place[order] = np.nan_to_num(_ratio(middle - first[group], np.diff(first)[group]))
-    return place
-
-
-def _running_sum(values: Floats) -> Floats:
-    """Sum in front of each place, and of all at the end."""
-    sums = np.zeros(values.size + 1)
-    np.cumsum(values, out=sums[1:])
-    return sums
-
-
-def _offsets(group: Ints, num_groups: int) -> Ints:
-    """Where each group begins in rows sorted by group, and where the last one ends."""
-    return np.append(0, np.cumsum(np.bincount(group, minlength=num_groups)))
-
-
-def _sum_by(group: Ints, values: NDArray[Any], num_groups: int) -> Floats:
-    return np.bincount(group, values, num_groups).astype(np.float64, copy=False)
-
-
-def _sum_by_group(values: Any, rows: _Rows) -> Floats:
-    return _sum_by(rows.group, values * rows.weight, rows.num_groups)
-
-
-def _mean_by_group(values: Any, rows: _Rows) -> Floats:
-    return _ratio(_sum_by_group(values, rows), _sum_by_group(1.0, rows))
-
-
-def _ratio(top: Any, bottom: Any) -> Floats:
-    """Division that answers NaN, without a warning, where the divisor is 0."""
-    bottom = np.asarray(bottom, dtype=np.float64)
-    quotient: Floats = np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom != 0)
-    return quotient
-
-
-def _compact(group: ArrayLike) -> tuple[Ints, int]:
-    """Any integers as 0..n-1 in their order, each of the n in use."""
-    values = _integers("domain and user", group)
-    low = int(values.min(initial=0))
-    span = int(values.max(initial=0)) - low + 1
-    if span > 4 * values.size + 1024:
-        known, index = np.unique(values, return_inverse=True)
-        return index, known.size
-    used: Bools = np.bincount(values - low, minlength=span) > 0  # a table instead of a sort
-    return (np.cumsum(used) - 1)[values - low], int(np.count_nonzero(used))
-
-
-# The checks: values are looked at once, here.
-
-
-def _read(
-    label: ArrayLike,
-    probability: ArrayLike,
-    weight: Weight = None,
-    group: ArrayLike | None = None,
-    num_groups: int | None = None,
-    *,
-    bounded: bool = False,
-) -> _Rows:
-    labels = np.asarray(label)
-    if labels.ndim != 1 or labels.size == 0:
-        raise DataError("a metric needs at least one row, in arrays of one axis", received=labels.shape)
-    _refuse("label must be 0 or 1", (labels != 0) & (labels != 1), labels)
-    score = np.asarray(probability)
-    _same_length(labels, score, "probability")
-    score = score if score.dtype == np.float32 else score.astype(np.float64)
-    _refuse("probability must not be NaN", np.isnan(score), score)
-    if bounded:
-        _refuse("probability must be in 0..1 (apply the sigmoid to logits)", (score < 0) | (score > 1), score)
-    weights = np.ones(labels.size) if weight is None else np.asarray(weight, dtype=np.float64)
-    _same_length(labels, weights, "weight")
-    _refuse("weight must be finite and not negative", ~(np.isfinite(weights) & (weights >= 0)), weights)
-    groups = np.zeros(labels.size, dtype=np.int64) if group is None else _integers("group", group)
-    _same_length(labels, groups, "group")
-    count = int(groups.max()) + 1 if num_groups is None else num_groups
-    _refuse(f"group must be in 0..{count - 1}", (groups < 0) | (groups >= count), groups)
-    return _Rows(labels.astype(np.bool_), score, weights, groups, count)
-
-
-def _integers(name: str, values: ArrayLike) -> Ints:
-    array = np.asarray(values)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{name} must be integers", received=str(array.dtype), next_step="Number their names first")
-    return array.astype(np.int64, copy=False)
-
-
-def _same_length(labels: NDArray[Any], values: NDArray[Any], name: str) -> None:
-    if values.shape != labels.shape:
-        raise DataError(f"{name} must be as long as label, {labels.shape}", received=values.shape)
-
-
-def _refuse(rule: str, bad: Bools, values: NDArray[Any]) -> None:
-    if bad.any():
-        rows = np.flatnonzero(bad)
-        which = f"Broken by {rows.size} of {bad.size} rows, the first of them {rows[:5].tolist()}"
-        raise DataError(rule, received=values[rows[:5]].tolist(), next_step=which)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} is not known", received=value, next_step=nearest(str(value), known))
+    gap = np.abs(sum_by_group(rows.score.astype(np.float64) - rows.label, cells))
+    return ratio(gap.reshape(-1, num_bins).sum(axis=1), sum_by_group(1.0, rows))

@@ -31,4 +31,6 @@ class Batch(NamedTuple):
 
     def take(self, rows: Tensor | slice) -> Batch:
         """The chosen rows (an index tensor, a mask or a slice) of every column."""
-        return Batch(*(None if column is None else column[rows] for column in self))
+        weight = None if self.weight is None else self.weight[rows]
+        user = None if self.user is None else self.user[rows]
+        return Batch(self.ids[rows], self.dense[rows], self.domain[rows], self.label[rows], weight, user)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -94,7 +95,7 @@ class Schema:
         if not self.domains:
             raise SchemaError("a schema needs at least one domain")
         for what, names in (("feature", [f.name for f in self.features]), ("domain", list(self.domains))):
-            repeated = sorted({name for name in names if names.count(name) > 1})
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             if repeated:
                 raise SchemaError(f"{what} names must be unique", received=repeated)
 

@@ -25,11 +25,9 @@ from domlora.studies.tables import (
     Line,
     Tables,
     method_order,
-    plain_markdown,
     tabulate,
-    to_csv,
-    to_markdown,
 )
+from domlora.studies.text import plain_markdown, to_csv, to_markdown
 
 __all__ = ["Finding", "findings", "write_report"]
 

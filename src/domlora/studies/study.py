@@ -37,9 +37,9 @@ from domlora.training.fit import Fit
 from domlora.training.optimizers import parameter_groups
 from domlora.training.stages import METHODS, adapt, pretrain, seeded
 
-__all__ = ["DatasetSpec", "Study", "count_parameters", "run_study"]
+__all__ = ["DatasetSpec", "Study", "count_parameters", "read_facts", "run_study"]
 
-RESULTS = "results.jsonl"
+RESULTS, FACTS = "results.jsonl", "study.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,7 @@ def run_study(
     *,
     raw: Path | None = None,
     jobs: int = 1,
+    command: str = "",
     on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Run what ``folder`` does not hold yet, and return the path of the results.
@@ -137,9 +138,11 @@ def run_study(
     Args:
         raw: where raw files lie, see ``domlora prepare``.
         jobs: processes, each with its share of the cores. Results depend on neither, up to float rounding.
+        command: what was typed to get here; the report shows it.
         on_result: called with each result line, old ones first.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FACTS).write_text(json.dumps({"title": study.title or study.name, "command": command}), encoding="utf-8")
     tasks = list(_tasks(study, folder, raw, threads=max((os.cpu_count() or 1) // jobs, 1)))
     show = on_result or _ignore
     if jobs == 1:
@@ -157,6 +160,14 @@ def run_study(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return folder / RESULTS
+
+
+def read_facts(folder: Path) -> dict[str, str]:
+    """``title`` and ``command`` of the study that ran in a folder; the folder's name stands in for what is missing."""
+    try:
+        return {**json.loads((folder / FACTS).read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        return {"title": folder.name, "command": ""}
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""From result lines to the tables of a study: main, per domain, parameters; as Markdown and as CSV.
+"""From result lines to the tables of a study: main, per domain, parameters.
 
 A method is compared with ``base`` of the same dataset, model, seed and data. AUC stays in 0..1 in the numbers here and
 is shown in points (x 100).
@@ -6,8 +6,6 @@ is shown in points (x 100).
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,36 +14,25 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from domlora.errors import DataError
-from domlora.studies.statistics import (
-    DASH,
-    MINUS,
-    Interval,
-    Spread,
-    gap_closed,
-    interval_text,
-    paired,
-    score_text,
-    spread,
-    verdict,
-)
+from domlora.studies.statistics import Interval, Spread, gap_closed, paired, spread
 
 __all__ = [
     "BASE",
+    "COUNTS",
     "MEAN",
+    "METHODS",
     "TRUTH",
     "Cell",
     "Curve",
     "DatasetTable",
     "DomainRow",
+    "Line",
     "ModelRow",
     "ParameterRow",
     "Tables",
     "method_order",
-    "plain_markdown",
     "read_results",
     "tabulate",
-    "to_csv",
-    "to_markdown",
 ]
 
 BASE = "base"
@@ -62,11 +49,8 @@ Scores: TypeAlias = Mapping[tuple[str, str, Pair], float]
 Truth: TypeAlias = Mapping[str, float]
 """Fingerprint of the data -> the metric of its true probabilities; worlds may differ from seed to seed."""
 
-_COUNTS = ("params_total", "params_tables", "params_adapters")
-_COLUMNS = (
-    *("dataset", "model", "method", "seed", "wauc", "macro_auc", "log_loss", "params_total", "params_adapters"),
-    *("auc", "gauc", "normalized_entropy", "pcoc", "ece", "valid_wauc", "params_tables", "best_epoch", "config_hash"),
-)
+COUNTS = ("params_total", "params_tables", "params_adapters")
+"""The counts of a result line: whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +308,9 @@ def _domain_row(
 def _parameter_rows(runs: Sequence[Line], model: str) -> Iterator[ParameterRow]:
     methods: dict[tuple[int, ...], list[str]] = {}
     for line in runs:
-        if line["model"] != model or any(line.get(key) is None for key in _COUNTS):
+        if line["model"] != model or any(line.get(key) is None for key in COUNTS):
             continue
-        same = methods.setdefault(tuple(int(line[key]) for key in _COUNTS), [])
+        same = methods.setdefault(tuple(int(line[key]) for key in COUNTS), [])
         if line["method"] not in same:
             same.append(line["method"])
     for counts, names in methods.items():
@@ -352,110 +336,3 @@ def _cautions(dataset: DatasetTable) -> Iterator[str]:
         yield f"{dataset.name}: runs of one seed on several versions of the data. Only runs on the same data are paired."
     if BASE not in dataset.methods:
         yield f"{dataset.name}: no runs of the base, so there is nothing to compare with."
-
-
-# ---------------------------------------------------------------------------------------------------------- as text
-
-
-def to_csv(tables: Tables) -> str:
-    """A line a run: metrics with six decimals, counts as whole numbers, what is not known left empty."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows([_csv_cell(line, column) for column in _COLUMNS] for line in tables.runs)
-    return out.getvalue()
-
-
-def _csv_cell(line: Line, column: str) -> str:
-    value = line.get(column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if column in ("dataset", "model", "method", "config_hash"):
-        return str(value)
-    if column == "seed" or column in _COUNTS:
-        return str(int(value))
-    return f"{float(value):.2f}" if column == "best_epoch" else f"{float(value):.6f}"
-
-
-def to_markdown(tables: Tables) -> str:
-    """The main table, then for each dataset its domains, then the parameters."""
-    parts = ["## WAUC", _how_to_read(tables), _main_table(tables)]
-    for dataset in tables.datasets:
-        if dataset.domains:
-            over = (
-                f"mean over {len(dataset.models)} models" if dataset.mean else plain_markdown(dataset.models[0].model)
-            )
-            parts += [f"## Domains of {plain_markdown(dataset.name)}", f"AUC on the test split in points, {over}."]
-            parts.append(_domain_table(dataset))
-    return "\n\n".join([*parts, "## Parameters", _parameter_table(tables)]) + "\n"
-
-
-def _how_to_read(tables: Tables) -> str:
-    text = (
-        "Test split, in points (AUC x 100): mean ± standard deviation over seeds. Differences to the base are paired by "
-        'seed, with the 95 % interval of Student\'s t; where it holds zero the verdict is "no difference".'
-    )
-    single = [plain_markdown(dataset.name) for dataset in tables.datasets if len(dataset.seeds) == 1]
-    return text + (f" {', '.join(single)}: one seed, no interval." if single else "")
-
-
-def _main_table(tables: Tables) -> str:
-    methods = sorted({method for dataset in tables.datasets for method in dataset.methods}, key=method_order)
-    lines = []
-    for dataset in tables.datasets:
-        rows = [*dataset.models, *([dataset.mean] if dataset.mean else [])]
-        lines += [[dataset.name, row.model, *_method_cells(row.cells, methods)] for row in rows]
-        if dataset.truth.num_values:
-            blank = [""] * (len(_method_head(methods)) - 1)
-            lines.append([dataset.name, TRUTH, score_text(dataset.truth), *blank])
-    return _pipe_table(["dataset", "model", *_method_head(methods)], lines, num_left=2)
-
-
-def _domain_table(dataset: DatasetTable) -> str:
-    lines = []
-    for row in dataset.domains:
-        cells = _method_cells(row.cells, dataset.methods)
-        if row.status != "scored":
-            cells = [row.status, *[""] * (len(cells) - 1)]
-        rate = DASH if math.isnan(row.click_rate) else f"{100 * row.click_rate:.1f} %"
-        lines.append([row.name, f"{row.rows:,}", rate, *cells])
-    return _pipe_table(["domain", "rows", "click rate", *_method_head(dataset.methods)], lines)
-
-
-def _parameter_table(tables: Tables) -> str:
-    head = ["dataset", "model", "methods", "total", "tables", "dense", "adapters", "of total", "of dense"]
-    lines = []
-    for dataset in tables.datasets:
-        for row in dataset.parameters:
-            counts = [f"{count:,}" for count in (row.total, row.tables, row.dense, row.adapters)]
-            shares = [f"{100 * row.adapters / whole:.1f} %" if whole else DASH for whole in (row.total, row.dense)]
-            lines.append([dataset.name, row.model, ", ".join(row.methods), *counts, *shares])
-    return _pipe_table(head, lines, num_left=3)
-
-
-def _method_head(methods: Sequence[str]) -> list[str]:
-    return [cell for method in methods for cell in ([method] if method == BASE else [method, f"{method} {MINUS} base"])]
-
-
-def _method_cells(cells: Sequence[Cell], methods: Sequence[str]) -> list[str]:
-    by_method = {cell.method: cell for cell in cells}
-    texts = []
-    for method in methods:
-        cell = by_method.get(method)
-        texts.append(score_text(cell.score) if cell else DASH)
-        if method != BASE:
-            known = cell is not None and cell.difference.num_pairs > 0
-            texts.append(f"{interval_text(cell.difference)}, {verdict(cell.difference)}" if cell and known else DASH)
-    return texts
-
-
-def _pipe_table(head: Sequence[str], lines: Sequence[Sequence[str]], num_left: int = 1) -> str:
-    rule = ["---"] * num_left + ["---:"] * (len(head) - num_left)
-    rows = ([plain_markdown(cell) for cell in head], rule, *([plain_markdown(cell) for cell in line] for line in lines))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def plain_markdown(name: str) -> str:
-    """A name that stays text in a Markdown table: one line, no cell border, no tag."""
-    flat = " ".join(name.split())
-    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")

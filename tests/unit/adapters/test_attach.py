@@ -465,7 +465,8 @@ def test_a_copy_of_a_copy_trains(adapted: nn.Module, x: Tensor) -> None:
     assert all(bank.grad is not None for _, bank in adapter_parameters(other))
 
 
-def test_one_layer_in_two_places_is_adapted_in_both_or_refused() -> None:
+@pytest.mark.parametrize("include", [["*"], ["first"], ["second"]], ids=str)
+def test_one_layer_in_two_places_is_adapted_in_both_or_refused(include: list[str]) -> None:
     """Half of a shared layer adapted would be a silent surprise."""
 
     class Twice(nn.Module):
@@ -481,7 +482,7 @@ def test_one_layer_in_two_places_is_adapted_in_both_or_refused() -> None:
     model = Twice()
     keys = list(model.state_dict())
     try:
-        attach_(model, 2)
+        attach_(model, 2, include=include)
     except ConfigError:
         return
     assert model.first is model.second

@@ -11,7 +11,8 @@ import pytest
 
 from domlora.errors import DataError
 from domlora.studies.statistics import paired
-from domlora.studies.tables import MEAN, read_results, tabulate, to_csv, to_markdown
+from domlora.studies.tables import MEAN, read_results, tabulate
+from domlora.studies.text import to_csv, to_markdown
 
 
 def line(model="mlp", method="base", seed=1, wauc=0.75, dataset="toy", **more) -> dict[str, Any]:
