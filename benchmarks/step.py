@@ -20,7 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, pairwise
 
 import torch
 from torch import nn
@@ -40,7 +40,9 @@ STEPS = 20  # a round
 
 def rows() -> Dataset:
     torch.manual_seed(0)
-    features = tuple(Feature(name, num_ids=size) for name, size in zip(("user", "item", "gender"), NUM_IDS, strict=True))
+    features = tuple(
+        Feature(name, num_ids=size) for name, size in zip(("user", "item", "gender"), NUM_IDS, strict=True)
+    )
     schema = Schema(features, domains=("F", "M"))
     size = BATCH * 200
     domain = (torch.rand(size) < 0.75).long()
@@ -72,7 +74,7 @@ def bare_products() -> Callable[[], None]:
     """Forward, gradient of the input and gradient of the weight of each layer, into buffers made once."""
     widths = (len(NUM_IDS) * DIM, *UNITS, 1)
     layers = []
-    for size_in, size_out in zip(widths, widths[1:], strict=False):
+    for size_in, size_out in pairwise(widths):
         x, weight, grad = torch.randn(BATCH, size_in), torch.randn(size_in, size_out), torch.randn(BATCH, size_out)
         layers.append((x, weight, grad, torch.empty_like(grad), torch.empty_like(x), torch.empty_like(weight)))
 
@@ -91,7 +93,7 @@ def plain_torch(data: Dataset) -> Callable[[], None]:
             super().__init__()
             self.tables = nn.ModuleList(nn.Embedding(size, DIM) for size in NUM_IDS)
             layers: list[nn.Module] = []
-            for size_in, size_out in zip((len(NUM_IDS) * DIM, *UNITS), UNITS, strict=False):
+            for size_in, size_out in pairwise((len(NUM_IDS) * DIM, *UNITS)):
                 layers += [nn.Linear(size_in, size_out), nn.ReLU(), nn.Dropout(0.5)]
             self.tower = nn.Sequential(*layers, nn.Linear(UNITS[-1], 1))
 
@@ -139,7 +141,9 @@ def main() -> None:
             seconds[name].append((time.perf_counter() - start) / STEPS)
     median = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     for name, value in median.items():
-        print(f"{name:<12} {1e3 * value:7.3f} ms a step  {BATCH / value:12,.0f} rows/s  {median['bare'] / value:5.2f} of bare")
+        print(
+            f"{name:<12} {1e3 * value:7.3f} ms a step  {BATCH / value:12,.0f} rows/s  {median['bare'] / value:5.2f} of bare"
+        )
     ratios = {
         "base": median["bare"] / median["base"],
         "adapted_over_base": median["base"] / median["adapted"],

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from domlora.adapters.attach import detach_ as detach_
     from domlora.adapters.attach import disabled as disabled
     from domlora.adapters.attach import freeze_ as freeze_
-    from domlora.adapters.attach import load_rows_ as load_rows_
     from domlora.adapters.attach import merge_ as merge_
     from domlora.adapters.attach import routed as routed
-    from domlora.adapters.attach import rows_of as rows_of
+    from domlora.adapters.bank import load_rows_ as load_rows_
+    from domlora.adapters.bank import rows_of as rows_of
     from domlora.bundle import Bundle as Bundle
     from domlora.data.dataset import Dataset as Dataset
     from domlora.data.prepare import prepare as prepare
@@ -60,13 +60,13 @@ _FACE = {
     "disabled": "adapters.attach",
     "fit": "training.fit",
     "freeze_": "adapters.attach",
-    "load_rows_": "adapters.attach",
+    "load_rows_": "adapters.bank",
     "merge_": "adapters.attach",
     "predict": "evaluation.evaluate",
     "prepare": "data.prepare",
     "pretrain": "training.stages",
     "routed": "adapters.attach",
-    "rows_of": "adapters.attach",
+    "rows_of": "adapters.bank",
 }
 
 __all__ = sorted(_FACE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,6 +10,7 @@ Written beside its place and renamed, so that a reader sees a whole bundle or no
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from domlora.adapters.attach import AdapterOptions, attach_, base_state, load_rows_, rows_of
+from domlora.adapters.attach import AdapterOptions, attach_, options_of
+from domlora.adapters.bank import base_state, load_rows_, rows_of
 from domlora.errors import BundleError
 from domlora.features.encode import Encoder
 from domlora.files import new_folder, sha256_of
@@ -40,7 +42,6 @@ class Bundle:
         model: as :func:`domlora.models.build.build_model` made it, with adapters attached or not.
         model_options: ``name`` and the options that ``build_model`` was given.
         encoder: raw values to ids.
-        adapter: what ``attach_`` was given, or None for a model without adapters.
         facts: anything worth keeping that is JSON: configuration, data fingerprints, validation figures.
 
     Example:
@@ -59,8 +60,12 @@ class Bundle:
     model: nn.Module
     model_options: dict[str, Any]
     encoder: Encoder
-    adapter: AdapterOptions | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> AdapterOptions | None:
+        """What ``attach_`` was given, or None for a model without adapters."""
+        return options_of(self.model)
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
         """Write the bundle.
@@ -80,7 +85,8 @@ class Bundle:
                 "facts": self.facts,
                 "files": {str(path.relative_to(fresh)): sha256_of(path) for path in _files(fresh)},
             }
-            (fresh / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            whole = {**manifest, "sha256": _digest(manifest)}
+            (fresh / _MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -96,7 +102,6 @@ class Bundle:
             model.load_state_dict(load_file(folder / _BASE))
         except (RuntimeError, SafetensorError) as error:
             raise BundleError(f"{_BASE} must fit the model of {_MANIFEST} ({error})", received=str(folder)) from error
-        adapter = None
         if manifest["adapter"] is not None:
             options: dict[str, Any] = manifest["adapter"]
             globs: dict[str, Any] = {name: tuple(options[name]) for name in ("include", "exclude")}
@@ -104,7 +109,7 @@ class Bundle:
             attach_(model, encoder.schema.num_domains, **asdict(adapter))
             for number, domain in enumerate(encoder.schema.domains):
                 load_rows_(model, number, load_file(folder / _adapter_file(domain)))
-        return cls(model, manifest["model"], encoder, adapter, manifest["facts"])
+        return cls(model.eval(), manifest["model"], encoder, manifest["facts"])
 
     def _save_adapters(self, fresh: Path) -> None:
         (fresh / "adapters").mkdir()
@@ -120,10 +125,12 @@ def verify(folder: Path) -> Mapping[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        known, found = manifest["files"], {str(path.relative_to(folder)) for path in _files(folder)} - {_MANIFEST}
         if manifest["format"] != _FORMAT:
             raise BundleError(f"a bundle must have format {_FORMAT}", received=manifest["format"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if manifest.pop("sha256") != _digest(manifest):
+            raise ValueError(f"{_MANIFEST} has another sha256 than it says")
+        known, found = manifest["files"], {str(path.relative_to(folder)) for path in _files(folder)} - {_MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, BundleError):
             raise
         raise BundleError(
@@ -141,7 +148,15 @@ def verify(folder: Path) -> Mapping[str, Any]:
 
 
 def _adapter_file(domain: str) -> str:
-    return f"adapters/{quote(domain, safe='')}.safetensors"
+    name = quote(domain, safe="")
+    if len(name) > 200:  # a file's name has 255 bytes at most
+        name = f"{name[:150]}-{hashlib.sha256(domain.encode()).hexdigest()[:32]}"
+    return f"adapters/{name}.safetensors"
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """What vouches for the file that vouches for all others."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

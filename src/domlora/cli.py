@@ -53,6 +53,7 @@ Settings = Annotated[
     ),
 ]
 
+_INTERRUPTED = 130  # what Typer exits with after Ctrl-C
 _out, _err = Console(), Console(stderr=True)
 
 
@@ -63,9 +64,10 @@ def main() -> None:
     except DomloraError as error:
         _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _err.print("interrupted; the same command goes on where it can", markup=False)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            _err.print("interrupted; the same command goes on where it can", markup=False)
+        raise
 
 
 @app.command()
@@ -131,9 +133,8 @@ def pretrain(
         model, found = run(
             rows, options.model, options.train, method=method, checkpoint=_checkpoint(out), on_progress=show
         )
-    adapter = options.train.adapter if method == "joint" else None
     facts = {"method": method, "data": rows.fingerprint(), "valid": found.best_value, "epoch": found.best_epoch}
-    Bundle(model, options.model, rows.encoder, adapter, facts).save(out, overwrite=overwrite)
+    Bundle(model, options.model, rows.encoder, facts).save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     _out.print(f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False)
 
@@ -156,7 +157,6 @@ def adapt(
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
     from domlora.training.stages import adapt as run
-    from domlora.training.stages import adapter_options_of
 
     _refuse_existing(out, overwrite)
     options = load_config(config, settings or ()).train
@@ -165,13 +165,7 @@ def adapt(
     with _training_bar() as show:
         found = run(opened.model, rows, options, method=method, checkpoint=_checkpoint(out), on_progress=show)
     facts = {"method": method, "data": rows.fingerprint(), "valid": found.best_value, "epoch": found.best_epoch}
-    adapted = Bundle(
-        opened.model,
-        opened.model_options,
-        opened.encoder,
-        adapter_options_of(method, options),
-        {**facts, "base": opened.facts},
-    )
+    adapted = Bundle(opened.model, opened.model_options, opened.encoder, {**facts, "base": opened.facts})
     adapted.save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     start = found.history[0][options.adapt.fit.monitor]
@@ -206,7 +200,10 @@ def evaluate(
     table = by_domain(said, rows.schema.domains)
     _print_table(table)
     if json_ is not None:
-        json_.write_text(json.dumps(table.to_dict(), indent=1), encoding="utf-8")
+        try:
+            json_.write_text(json.dumps(table.to_dict(), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json must name a file that can be written ({error})", received=str(json_)) from error
 
 
 @app.command()

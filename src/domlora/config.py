@@ -5,6 +5,7 @@ The options are the dataclasses of the rooms that use them, so each is defined, 
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from domlora.errors import ConfigError, nearest
+from domlora.errors import ConfigError, DomloraError, nearest
 from domlora.training.stages import Recipe
 
 __all__ = ["Config", "load_config", "merged", "parse", "read_toml", "with_settings"]
@@ -41,7 +42,7 @@ def load_config(path: Path | None, settings: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unreadable file, unknown key, or a value of the wrong type or range.
     """
-    table = {} if path is None else read_toml(path)
+    table = merged({"model": Config().model}, {} if path is None else read_toml(path))
     return parse(Config, with_settings(table, settings))
 
 
@@ -91,11 +92,14 @@ def parse(kind: type[T], table: Mapping[str, Any]) -> T:
         ConfigError: the key is named with its path and the nearest valid one.
     """
     _check_keys(kind, table, "")
-    try:
-        return TypeAdapter(kind).validate_python(table)
+    try:  # strict, so that true is no number and "32" neither; as JSON, where a list may become a tuple
+        return TypeAdapter(kind).validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or kind.__name__.lower()
+        own = first.get("ctx", {}).get("error")
+        if isinstance(own, DomloraError):  # a dataclass that checked its own values
+            raise ConfigError(f"{where}: {str(own).removesuffix('.')}") from error
         raise ConfigError(f"{where}: {first['msg']}", received=first["input"]) from error
 
 
@@ -106,24 +110,26 @@ def _check_keys(kind: Any, table: Mapping[str, Any], path: str) -> None:
         if key not in known:
             where = f" in [{path}]" if path else ""
             raise ConfigError(f"unknown key{where}", received=key, next_step=nearest(key, known))
-        inner = _dataclass_in(hints[key])
-        items = value if isinstance(value, list) else [value]
-        for item in items:
+        inner, where = _dataclass_in(hints[key]), f"{path}.{key}" if path else key
+        named = get_origin(hints[key]) is dict and isinstance(value, Mapping)
+        items = value.items() if named else [("", item) for item in (value if isinstance(value, list) else [value])]
+        for name, item in items:
             if inner is not None and isinstance(item, Mapping):
-                _check_keys(inner, item, f"{path}.{key}" if path else key)
+                _check_keys(inner, item, f"{where}.{name}" if named else where)
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """The dataclass in ``X``, ``X | None`` or ``tuple[X, ...]``, if there is one."""
+    """The dataclass in ``X``, ``X | None``, ``tuple[X, ...]`` or ``dict[str, X]``, if there is one."""
     if is_dataclass(hint):
         return hint
-    if get_origin(hint) in (Union, UnionType, tuple, list):
+    if get_origin(hint) in (Union, UnionType, tuple, list, dict):
         return next((a for a in get_args(hint) if is_dataclass(a)), None)
     return None
 
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return read["value"] if len(read) == 1 else text

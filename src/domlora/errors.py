@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "BundleError",
@@ -47,6 +48,9 @@ class DomloraError(Exception):
         if next_step:
             parts.append(next_step if next_step.endswith((".", "?")) else f"{next_step}.")
         super().__init__(" ".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), str(self))  # worker processes send errors home; __init__ would add a full stop
 
 
 class ConfigError(DomloraError, ValueError):
@@ -82,4 +86,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{guess}Known: {', '.join(map(repr, names[:30]))}{', ...' if len(names) > 30 else ''}."
+    listed = ", ".join(map(repr, names[:30])) or "none"
+    return f"{guess}Known: {listed}{', ...' if len(names) > 30 else ''}."
+
+
+def _again(kind: type[DomloraError], text: str) -> DomloraError:
+    return kind.__new__(kind, text)

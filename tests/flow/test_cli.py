@@ -21,11 +21,8 @@ QUICK = [
 
 
 def domlora(*words: object) -> None:
-    """Run the command line in this process; SystemExit is what a shell would see."""
-    try:
-        cli.app([str(word) for word in words], standalone_mode=False)
-    except SystemExit as stop:
-        assert stop.code in (None, 0)
+    """Run the command line in this process; what goes wrong is raised."""
+    cli.app([str(word) for word in words], standalone_mode=False)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +30,18 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MovieLens-100K's published layout, small."""
     folder = tmp_path_factory.mktemp("raw")
     dice = random.Random(1)
-    users = [f"{u}|{20 + u % 30}|{'F' if u % 3 else 'M'}|{['artist', 'doctor'][u % 2]}|{10000 + u}" for u in range(1, 61)]
+    users = [
+        f"{u}|{20 + u % 30}|{'F' if u % 3 else 'M'}|{['artist', 'doctor'][u % 2]}|{10000 + u}" for u in range(1, 61)
+    ]
     (folder / "u.user").write_text("\n".join(users) + "\n", encoding="latin-1")
     items = [f"{i}|Movie {i} (1995)|01-Jan-1995||http://x|" + "|".join("0" * 19) for i in range(1, 41)]
     (folder / "u.item").write_text("\n".join(items) + "\n", encoding="latin-1")
     rows = []
     for user in range(1, 61):
         for item in dice.sample(range(1, 41), 25):
-            rows.append(f"{user}\t{item}\t{5 if dice.random() < item / 60 else dice.randint(1, 4)}\t{880000000 + len(rows)}")
+            rows.append(
+                f"{user}\t{item}\t{5 if dice.random() < item / 60 else dice.randint(1, 4)}\t{880000000 + len(rows)}"
+            )
     (folder / "u.data").write_text("\n".join(rows) + "\n", encoding="latin-1")
     return folder
 
@@ -57,7 +58,10 @@ def walked(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_leaves_a_folder_that_describes_itself(walked: Path) -> None:
     for name in ("data", "base", "adapted"):
         assert json.loads((walked / name / "manifest.json").read_text(encoding="utf-8"))["files"]
-    assert sorted(path.name for path in (walked / "adapted" / "adapters").iterdir()) == ["F.safetensors", "M.safetensors"]
+    assert sorted(path.name for path in (walked / "adapted" / "adapters").iterdir()) == [
+        "F.safetensors",
+        "M.safetensors",
+    ]
     assert not list(walked.glob(".*"))  # no checkpoint and no temporary folder is left
 
 

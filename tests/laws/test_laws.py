@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import (
-    AdapterOptions,
-    adapter_layers,
-    adapter_parameters,
-    attach_,
-    base_state,
-    detach_,
-    disabled,
-    merge_,
-)
+from domlora.adapters.attach import AdapterOptions, attach_, detach_, disabled, merge_
+from domlora.adapters.bank import adapter_layers, adapter_parameters, base_state
 from domlora.bundle import Bundle
 from domlora.data.dataset import Dataset
 from domlora.evaluation.evaluate import predict
@@ -232,8 +223,7 @@ def test_5_and_7_adapt_leaves_the_base_alone_and_survives_the_disk(
     with torch.no_grad():
         for _, bank in adapter_parameters(model):
             bank.normal_()
-    adapter = replace(RECIPE.adapter, rank=0) if method == "bias_only" else RECIPE.adapter
-    Bundle(model, options, data.encoder, adapter).save(tmp_path / "bundle")
+    Bundle(model, options, data.encoder).save(tmp_path / "bundle")
     opened = Bundle.open(tmp_path / "bundle").model
     ours, theirs = (predict(each, data.batches("test", 64)) for each in (model, opened))
     assert np.array_equal(ours.probability, theirs.probability)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import AdapterOptions, adapter_parameters, attach_, rows_of
+from domlora.adapters.attach import AdapterOptions, attach_
+from domlora.adapters.bank import adapter_parameters, rows_of
 from domlora.bundle import Bundle, verify
-from domlora.errors import BundleError, ConfigError, DataError, DomloraError
+from domlora.errors import BundleError, DataError, DomloraError
 from domlora.features.encode import Encoder
 from domlora.features.schema import Feature, Schema
 from domlora.models.build import build_model
@@ -40,7 +41,7 @@ def bundle(adapter: AdapterOptions | None = None, domains: tuple[str, ...] = ("a
         for _, tensor in [*adapter_parameters(model), *model.named_buffers()]:
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
-    return Bundle(model, OPTIONS, encoder(domains), adapter, {"note": "größe", "valid": 0.1 + 0.2})
+    return Bundle(model, OPTIONS, encoder(domains), {"note": "größe", "valid": 0.1 + 0.2})
 
 
 def states(model: nn.Module) -> dict[str, Tensor]:
@@ -239,30 +240,6 @@ def test_a_bundle_moves_and_copies(saved: Path, tmp_path: Path) -> None:
     shutil.move(saved, tmp_path / "moved")
     for name in ("copy", "moved"):
         Bundle.open(tmp_path / name)
-
-
-def test_adapters_that_the_bundle_does_not_know_of_are_not_lost_silently(tmp_path: Path) -> None:
-    ours = bundle(ADAPTERS[1])
-    ours.adapter = None
-    with pytest.raises((BundleError, ConfigError)):
-        ours.save(tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_a_bundle_that_could_not_be_opened_is_not_saved(tmp_path: Path) -> None:
-    ours = bundle(ADAPTERS[1])
-    ours.adapter = AdapterOptions(rank=7)
-    with pytest.raises((BundleError, ConfigError)):
-        ours.save(tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_a_bundle_of_adapters_on_a_model_without_any(tmp_path: Path) -> None:
-    ours = bundle()
-    ours.adapter = ADAPTERS[1]
-    with pytest.raises((BundleError, ConfigError), match=r"without adapters|no adapters"):
-        ours.save(tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
 
 
 def test_facts_are_plain_json(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,28 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from domlora.adapters.bank import adapter_layers, check_domain, is_adapter_parameter
 from domlora.adapters.lowrank import DomainRoute, LowRankLinear, rank_for
-from domlora.errors import BundleError, ConfigError, UnknownDomainError, nearest
+from domlora.errors import ConfigError, nearest
 
 __all__ = [
     "AdapterOptions",
-    "adapter_layers",
-    "adapter_parameters",
     "attach_",
-    "base_state",
     "detach_",
     "disabled",
     "freeze_",
-    "is_adapter_parameter",
-    "load_rows_",
     "merge_",
+    "options_of",
     "routed",
-    "rows_of",
 ]
 
 DomainOf = Callable[..., Tensor]
 _ROUTE = "_domlora_route"
-_BANKS = ("lora_A", "lora_B", "lora_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +50,14 @@ class AdapterOptions:
     bias: bool = True
     include: tuple[str, ...] = ("tower.*",)
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError("temperature must be above 0", received=self.temperature)
+        if self.rank is not None and (self.rank < 0 or (self.rank == 0 and not self.bias)):
+            raise ConfigError("rank must be at least 1, or 0 and a bias", received=(self.rank, self.bias))
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ConfigError("lora_alpha must be above 0", received=self.lora_alpha)
 
 
 def attach_(
@@ -105,8 +109,10 @@ def attach_(
             "adapters go beside layers inside a model, and this model is itself a Linear",
             next_step="Attach to nn.Sequential(model)",
         )
+    options = AdapterOptions(temperature, rank, lora_alpha, bias, tuple(include), tuple(exclude))
     chosen = _chosen(model, include, exclude)
     route = DomainRoute(num_domains)
+    route.options = options
     read = _reader(model, domain)
     adapted_of: dict[int, LowRankLinear] = {}  # a layer in two places gets one adapter
     for name, layer in chosen.items():
@@ -140,7 +146,7 @@ def merge_(model: nn.Module, domain: int) -> nn.Module:
         ConfigError: a layer whose weight is computed (parametrised), or whose forward is its own and that has no
             ``plain``; nothing is changed then.
     """
-    _check_domain(model, domain)
+    check_domain(model, domain)
     layers = adapter_layers(model)
     merged = {id(layer): _merged(layer, domain) for layer in layers.values()}
     for name, layer in layers.items():
@@ -170,70 +176,11 @@ def freeze_(model: nn.Module, *, except_: Sequence[str] = ()) -> nn.Module:
     return model
 
 
-def adapter_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The adapted layers by name; a layer in two places has two names."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, LowRankLinear)}
-
-
-def is_adapter_parameter(name: str) -> bool:
-    """Whether a parameter of that name belongs to an adapter's bank."""
-    return name.rpartition(".")[2] in _BANKS
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of every bank."""
-    return ((name, p) for name, p in model.named_parameters() if is_adapter_parameter(name))
-
-
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base, by the names it has without adapters."""
-    renamed = {f"{name}.base.": f"{name}." for name in adapter_layers(model)}
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if is_adapter_parameter(name):
-            continue
-        prefix = next((old for old in renamed if name.startswith(old)), "")
-        state[renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
-    return state
-
-
-def rows_of(model: nn.Module, domain: int) -> dict[str, Tensor]:
-    """One domain's adapter: its row of every bank, copied.
-
-    Raises:
-        UnknownDomainError: no such row in the bank.
-    """
-    _check_domain(model, domain)
-    return {name: bank.detach()[domain].clone() for name, bank in adapter_parameters(model)}
-
-
-def load_rows_(model: nn.Module, domain: int, rows: Mapping[str, Tensor]) -> nn.Module:
-    """Write one domain's adapter into its row of every bank; other rows keep their bits.
-
-    Raises:
-        UnknownDomainError: no such row in the bank.
-        BundleError: names or shapes differ from those of the model; nothing is written then.
-    """
-    banks = dict(adapter_parameters(model))
-    _check_domain(model, domain)
-    want = {name: tuple(bank.shape[1:]) for name, bank in banks.items()}
-    got = {name: tuple(row.shape) for name, row in rows.items()}
-    if want != got:
-        differing = {
-            name: (want.get(name), got.get(name))
-            for name in want.keys() | got.keys()
-            if want.get(name) != got.get(name)
-        }
-        raise BundleError(
-            "an adapter must have the names and shapes of the model's banks",
-            received={name: differing[name] for name in sorted(differing)[:3]},
-            next_step="Use an adapter that was trained on this base, with the same rank",
-        )
-    with torch.no_grad():
-        for name, row in rows.items():
-            banks[name][domain].copy_(row)
-    return model
+def options_of(model: nn.Module) -> AdapterOptions | None:
+    """What :func:`attach_` was told, or None for a model without adapters."""
+    route: DomainRoute | None = getattr(model, _ROUTE, None)
+    options: AdapterOptions | None = None if route is None else route.options
+    return options
 
 
 @contextmanager
@@ -269,7 +216,8 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
     linears = {name: m for name, m in modules if isinstance(m, nn.Linear) and name and id(m) not in read_not_called}
     chosen: dict[str, nn.Linear] = {}
     for glob in include:
-        hits = {name: layer for name, layer in linears.items() if fnmatchcase(name, glob)}
+        matched = {id(layer) for name, layer in linears.items() if fnmatchcase(name, glob)}
+        hits = {name: layer for name, layer in linears.items() if id(layer) in matched}  # all places of a shared layer
         if not hits:
             raise ConfigError("a glob must match a linear layer", received=glob, next_step=nearest(glob, linears))
         chosen |= hits
@@ -328,12 +276,6 @@ def _route(model: nn.Module) -> DomainRoute:
     if route is None:
         raise ConfigError("the model has no adapters", next_step="Call attach_(model, num_domains=...) first")
     return route
-
-
-def _check_domain(model: nn.Module, domain: int) -> None:
-    num_domains = _route(model).num_domains
-    if not 0 <= domain < num_domains:
-        raise UnknownDomainError(f"domains must be numbers from 0 to {num_domains - 1}", received=domain)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

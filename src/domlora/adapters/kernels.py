@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Segments", "add_corrections", "merged_linear", "merging_pays"]
 
@@ -118,6 +119,7 @@ class _Corrections(torch.autograd.Function):
         return out if order is None else out.index_add_(0, order, target.view_as(out))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, bank_a, bank_b = ctx.saved_tensors
         _, want_x, want_a, want_b, want_bias = ctx.needs_input_grad[:5]
@@ -172,6 +174,7 @@ class _Merged(torch.autograd.Function):
         return _ungrouped(out, torch.Size((*x.shape[:-1], weight.shape[0])), segments.order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bank_a, bank_b, *merged = ctx.saved_tensors
         want_x, want_weight, want_shared, want_a, want_b, want_bias = ctx.needs_input_grad[:6]

@@ -34,6 +34,7 @@ class DomainRoute:
         self.num_domains = num_domains
         self.segments: Segments | None = None
         self.enabled = True
+        self.options: Any = None  # what attach_ was told, for whoever stores the model
         self.held = False  # filled by hand for the length of a with block
         self.handles: tuple[RemovableHandle, ...] = ()
 
@@ -68,6 +69,10 @@ class DomainRoute:
     def clear(self) -> None:
         """Forget the batch."""
         self.segments = None
+
+
+class _ReadNotCalledError(ConfigError, AttributeError):
+    """Also an AttributeError, so that ``hasattr`` and the like go on working."""
 
 
 def rank_for(out_features: int, temperature: float) -> int:
@@ -156,13 +161,13 @@ class LowRankLinear(nn.Module):
         weight = (self.lora_A[domain] @ self.lora_B[domain]).T * self.scale
         return weight, None if self.lora_bias is None else self.lora_bias[domain]
 
-    @property
-    def weight(self) -> Tensor:
-        """Refused: a module that reads a layer's weight instead of calling the layer would never see the adapter."""
-        raise ConfigError(
-            "an adapted layer must be called; this model reads its weight instead, as nn.MultiheadAttention does",
-            next_step="Exclude the layer from attach_, or turn the module's fast path off",
-        )
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # a module that reads it instead of calling the layer would never see the adapter
+            raise _ReadNotCalledError(
+                "an adapted layer must be called; this model reads its weight instead, as nn.MultiheadAttention does",
+                next_step="Exclude the layer from attach_, or turn the module's fast path off",
+            )
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.route.enabled:

@@ -68,8 +68,10 @@ class World:
 
     def __post_init__(self) -> None:
         sizes = (self.num_domains, self.num_dense, self.hidden_units, self.difference_rank)
-        if min(sizes) < 1 or self.difference < 0 or not self.sharpness > 0:
-            raise ConfigError("a world needs sizes of at least 1, difference >= 0 and sharpness > 0", received=self)
+        spreads = (self.difference, self.click_rate_spread, self.sharpness)
+        finite = all(map(math.isfinite, (*spreads, self.size_skew)))
+        if min(sizes) < 1 or not finite or min(spreads) < 0 or self.sharpness == 0:
+            raise ConfigError("a world needs sizes of at least 1, spreads >= 0 and sharpness > 0", received=self)
 
     @property
     def schema(self) -> Schema:
@@ -80,6 +82,8 @@ class World:
 
     def sample(self, num_rows: int, seed: int) -> Sample:
         """Draw rows; the same ``seed`` draws the same rows."""
+        if num_rows < 1:
+            raise ConfigError("a sample needs at least one of num_rows", received=num_rows)
         generator = torch.Generator().manual_seed(_mix(self.seed, seed, 1))
         share = torch.arange(1, self.num_domains + 1, dtype=torch.float64) ** -self.size_skew
         domain = torch.multinomial(share, num_rows, replacement=True, generator=generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, device
 
 __all__ = ["Batch"]
 
@@ -34,3 +34,17 @@ class Batch(NamedTuple):
         weight = None if self.weight is None else self.weight[rows]
         user = None if self.user is None else self.user[rows]
         return Batch(self.ids[rows], self.dense[rows], self.domain[rows], self.label[rows], weight, user)
+
+    def to(self, where: device) -> Batch:
+        """The same rows on a device; itself if they are there already."""
+        if self.ids.device == where:
+            return self
+        weight = None if self.weight is None else self.weight.to(where)
+        user = None if self.user is None else self.user.to(where)
+        ids, dense, domain, label = (
+            self.ids.to(where),
+            self.dense.to(where),
+            self.domain.to(where),
+            self.label.to(where),
+        )
+        return Batch(ids, dense, domain, label, weight, user)

@@ -84,7 +84,7 @@ class PartitionedNorm(nn.Module):
     @torch.no_grad()
     def _update_(self, mean: Tensor, var: Tensor, full: Tensor) -> None:
         self.num_batches += full
-        step = (1.0 / self.num_batches.clamp(min=1)).clamp(min=1.0 - self.momentum) * full
+        step = (1.0 / self.num_batches.clamp(min=1)).clamp(min=1.0 - self.momentum).to(mean) * full
         self.running_mean.lerp_(mean, step.unsqueeze(1))
         self.running_var.lerp_(var, step.unsqueeze(1))
 

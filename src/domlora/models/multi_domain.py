@@ -129,7 +129,7 @@ class StarLinear(nn.Linear):
 
     def plain(self, domain: int) -> nn.Linear:
         """What this layer is for one domain: ``W = W_s ⊙ W_d``, ``b = b_s + b_d``."""
-        layer = nn.Linear(self.in_features, self.out_features)
+        layer = nn.Linear(self.in_features, self.out_features, device=self.weight.device, dtype=self.weight.dtype)
         with torch.no_grad():
             layer.weight.copy_(self.weight * self.domain_weight[domain].view_as(self.weight))
             layer.bias.copy_(self.bias + self.domain_bias[domain])

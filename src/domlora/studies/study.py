@@ -279,7 +279,7 @@ def _summary(said: Predictions, data: Dataset) -> dict[str, Any]:
 
 def _training(found: Fit) -> dict[str, Any]:
     return {
-        "valid_wauc": max(entry["wauc"] for entry in found.history),
+        "valid_wauc": next(entry["wauc"] for entry in found.history if entry["epoch"] == found.best_epoch),
         "best_epoch": found.best_epoch,
         "seconds": found.seconds,
         "rows_per_second": found.rows_per_second,

@@ -38,7 +38,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if sha256_of(folder / _TENSORS) != facts.pop("sha256"):
             raise ValueError(f"{_TENSORS} has another sha256 than {_FACTS} says")
         return load_file(folder / _TENSORS), facts
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(
             f"a checkpoint must be whole ({error})",
             received=str(folder),

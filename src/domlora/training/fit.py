@@ -5,6 +5,7 @@ Pretraining and adapting differ only in which parameters require a gradient and 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domlora.errors import ConfigError, EngineError, nearest
+from domlora.errors import ConfigError, DataError, EngineError, nearest
 from domlora.evaluation.evaluate import predict
 from domlora.evaluation.metrics import log_loss, macro_auc, wauc
 from domlora.features.batch import Batch
@@ -46,6 +47,10 @@ class Rows(Protocol):
 
     def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
         """Batches of a split; with a seed in an order that depends on seed and epoch alone."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal rows, so that a run goes on only with the rows it began with."""
         ...
 
 
@@ -90,8 +95,8 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         counts = (self.batch_size, self.max_epochs, self.patience, self.evaluations_per_epoch)
-        if min(counts) < 1 or not 0 <= self.average_decay < 1:
-            raise ConfigError("fit needs counts of at least 1 and average_decay in [0, 1)", received=self)
+        if min(counts) < 1 or not 0 <= self.average_decay < 1 or self.seed < 0:
+            raise ConfigError("fit needs counts of at least 1, average_decay in [0, 1) and seed >= 0", received=self)
         for value, kind in ((self.monitor, Monitor), (self.schedule, Schedule)):
             if value not in get_args(kind):
                 raise ConfigError("unknown option of fit", received=value, next_step=nearest(value, get_args(kind)))
@@ -127,7 +132,9 @@ def fit(
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Fit:
-    """Train the parameters that require a gradient; afterwards the model holds the best weights on the validation split.
+    """Train the parameters that require a gradient.
+
+    Afterwards the model holds the best weights on the validation split and is in evaluation mode. Sets torch's global seed.
 
     Args:
         model: ``model(ids, dense, domain)`` gives logits ``(B,)``.
@@ -142,7 +149,7 @@ def fit(
         EngineError: the loss is NaN or infinite.
         DataError: the validation split has no domain with two classes.
     """
-    run = _Run(model, data, options, Optimizer(model, optimizer), on_progress)
+    run = _Run(model, data, options, optimizer, on_progress)
     if checkpoint is not None and checkpoint.exists():
         run.restore(checkpoint)
     else:
@@ -153,6 +160,7 @@ def fit(
         if checkpoint is not None:
             write_checkpoint(checkpoint, run.tensors(), run.facts())
     model.load_state_dict(run.best)
+    model.eval()
     return run.result
 
 
@@ -160,21 +168,31 @@ class _Run:
     """State of one fit; ``position`` counts validations."""
 
     def __init__(
-        self, model: nn.Module, data: Rows, options: FitOptions, optimizer: Optimizer, on_progress: OnProgress | None
+        self, model: nn.Module, data: Rows, options: FitOptions, rules: OptimizerOptions, on_progress: OnProgress | None
     ) -> None:
-        self.model, self.data, self.options, self.optimizer, self.on_progress = (
-            model,
-            data,
-            options,
-            optimizer,
-            on_progress,
-        )
+        self.model, self.data, self.options, self.on_progress = model, data, options, on_progress
+        self.optimizer = Optimizer(model, rules)
+        self.identity = {
+            "options": repr(options),
+            "optimizer": repr(rules),
+            "data": data.fingerprint(),
+            "start": _digest(model),
+        }
+        self.device = next(model.parameters()).device
         self.average = Average(model, options.average_decay)
         self.result = Fit()
         self.best = _copied(model)
         self.position = self.misses = self.steps = 0
         self.last_position = options.max_epochs * options.evaluations_per_epoch
         self.steps_per_epoch = math.ceil(data.num_rows("train") / options.batch_size)
+        if not self.steps_per_epoch:
+            raise DataError("the train split needs at least one row", received=0)
+        if options.evaluations_per_epoch > self.steps_per_epoch:
+            raise ConfigError(
+                f"evaluations_per_epoch must not exceed the steps of an epoch, {self.steps_per_epoch}",
+                received=options.evaluations_per_epoch,
+                next_step="Make batch_size smaller",
+            )
 
     def start(self, is_candidate: bool) -> None:
         if is_candidate:
@@ -195,7 +213,7 @@ class _Run:
         started = shown = time.perf_counter()
         rows, total = 0, 0.0
         for batch in islice(batches, *bounds):
-            loss = self.step(batch)
+            loss = self.step(batch.to(self.device))
             total += loss * batch.num_rows
             rows += batch.num_rows
             now = time.perf_counter()
@@ -238,7 +256,7 @@ class _Run:
         }
         value = scores[self.options.monitor]
         if math.isnan(value):
-            raise ConfigError("a domain of the validation split must hold both classes", received=value)
+            raise DataError("a domain of the validation split must hold both classes", received=value)
         self.result.history.append({"epoch": epoch, "loss": loss, **scores})
         self.misses += 1
         if value > self.result.best_value:
@@ -274,17 +292,19 @@ class _Run:
             "best_value": result.best_value,
             "best_epoch": result.best_epoch,
             "history": result.history,
-            "options": repr(self.options),
+            "rows_per_second": result.rows_per_second,
+            "identity": self.identity,
         }
 
     def restore(self, folder: Path) -> None:
         tensors, facts = read_checkpoint(folder)
-        if facts["options"] != repr(self.options):
-            raise ConfigError(
-                "a run goes on only with the options it began with",
-                received=repr(self.options),
-                next_step=f"It began with {facts['options']}. Remove the checkpoint to begin again",
-            )
+        for what, mine in self.identity.items():
+            if facts["identity"][what] != mine:
+                raise ConfigError(
+                    f"a run goes on only with the {what} it began with",
+                    received=mine,
+                    next_step=f"It began with {facts['identity'][what]}. Remove {folder} to begin again",
+                )
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "rng": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
@@ -295,9 +315,18 @@ class _Run:
         self.optimizer.load_state(parts["optimizer"])
         self.position, self.misses, self.steps = facts["position"], facts["misses"], facts["steps"]
         self.result.history = facts["history"]
-        self.result.seconds = facts["seconds"]
+        self.result.seconds, self.result.rows_per_second = facts["seconds"], facts["rows_per_second"]
         self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]
         torch.set_rng_state(parts["rng"]["torch"])
+
+
+def _digest(model: nn.Module) -> str:
+    """A sha256 over the weights at the start, their names and which of them move."""
+    found = hashlib.sha256(str([name for name, p in model.named_parameters() if p.requires_grad]).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

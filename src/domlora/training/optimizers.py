@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import is_adapter_parameter
+from domlora.adapters.bank import is_adapter_parameter
 from domlora.errors import ConfigError, nearest
 from domlora.layers.embedding import EmbeddingTable
 
@@ -41,7 +42,7 @@ class Rule:
                 received=self.name,
                 next_step=nearest(str(self.name), get_args(RuleName)),
             )
-        if not self.lr > 0 or self.weight_decay < 0:
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
             raise ConfigError("an optimizer needs lr above 0 and weight_decay of at least 0", received=self)
 
 
@@ -59,7 +60,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     tables = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, EmbeddingTable | nn.Embedding)
+        if isinstance(module, EmbeddingTable | nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
     groups: dict[str, list[nn.Parameter]] = {"tables": [], "dense": [], "adapters": []}

@@ -26,7 +26,8 @@ from domlora.training.optimizers import OptimizerOptions
 
 __all__ = ["METHODS", "Recipe", "Stage", "adapt", "adapter_options_of", "pretrain", "seeded"]
 
-METHODS = ("base", "joint", "two_stage", "bias_only")
+FIRST_STAGES, SECOND_STAGES = ("base", "joint"), ("two_stage", "bias_only")
+METHODS = (*FIRST_STAGES, *SECOND_STAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ def pretrain(
         raise ConfigError(
             "pretraining knows two methods", received=method, next_step=nearest(method, ("base", "joint"))
         )
+    if "name" not in model_options:
+        raise ConfigError("a model needs a name", received=dict(model_options), next_step="Set model.name")
     stage = recipe.pretrain if method == "base" else recipe.joint
     torch.manual_seed(stage.fit.seed)
     model = build_model(schema=data.schema, **model_options)
@@ -103,6 +106,8 @@ def adapt(
     Raises:
         ConfigError: another method, or the model has adapters already.
     """
+    if method not in SECOND_STAGES:
+        raise ConfigError("adapting knows two methods", received=method, next_step=nearest(method, SECOND_STAGES))
     stage = recipe.adapt
     torch.manual_seed(stage.fit.seed)
     attach_(model, data.schema.num_domains, **asdict(adapter_options_of(method, recipe)))

@@ -10,19 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import (
-    AdapterOptions,
+from domlora.adapters.attach import AdapterOptions, attach_, detach_, disabled, freeze_, merge_, routed
+from domlora.adapters.bank import (
     adapter_layers,
     adapter_parameters,
-    attach_,
     base_state,
-    detach_,
-    disabled,
-    freeze_,
     is_adapter_parameter,
     load_rows_,
-    merge_,
-    routed,
     rows_of,
 )
 from domlora.adapters.lowrank import LowRankLinear

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from domlora.adapters.attach import adapter_layers, base_state, is_adapter_parameter
+from domlora.adapters.bank import adapter_layers, base_state, is_adapter_parameter
 from domlora.config import Config, parse
 from domlora.data.dataset import Dataset
 from domlora.errors import ConfigError
