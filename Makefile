@@ -12,7 +12,7 @@ demo: $(STAMP) $(RAW)/.installed
 	$(BIN)/domlora report runs/demo --out report.html --title "MovieLens-100K by gender"
 
 test: $(STAMP)
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

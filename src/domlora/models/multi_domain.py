@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from domlora.features.schema import Schema
 from domlora.layers.mlp import MLP
 from domlora.layers.partitioned_norm import PartitionedNorm
-from domlora.models.backbones import head_of, join, scalar, table_of
+from domlora.models.parts import head_of, join, scalar, table_of
 
 __all__ = ["STAR", "DomainRows", "StarLinear"]
 
