@@ -146,6 +146,8 @@ class _Corrections(torch.autograd.Function):
 
 
 class _Merged(torch.autograd.Function):
+    """Small products of all domains go together, as one batched product; only those over rows go domain by domain."""
+
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx,
@@ -159,51 +161,77 @@ class _Merged(torch.autograd.Function):
         segments: Segments,
     ) -> Tensor:
         rows, spans = _grouped(x, segments)
-        out = rows.new_empty(rows.shape[0], weight.shape[0])
-        plain = weight.t()  # (in, out)
+        present = _present(spans, bank_a)
+        a, b, shifts = (_rows_of(bank, present) for bank in (bank_a, bank_b, bias))  # (P, in, R), (P, R, out), (P, out)
+        plain = weight.t().expand(len(spans), -1, -1)
+        merged = plain if a is None or b is None or not a.shape[2] else torch.baddbmm(plain, a, b, alpha=scale)
+        if shared_bias is not None:
+            shifts = shared_bias.expand(len(spans), -1) if shifts is None else shifts + shared_bias
         first = spans[0][0] if spans else rows.shape[0]
-        if first:  # rows of no domain
-            _linear(rows[:first], plain, shared_bias, out[:first])
-        merged = []
-        for start, stop, domain in spans:
-            own = torch.addmm(plain, bank_a[domain], bank_b[domain], alpha=scale) if bank_a.shape[2] else plain
-            _linear(rows[start:stop], own, _sum(shared_bias, bias, domain), out[start:stop])
-            merged.append(own)
-        ctx.save_for_backward(rows, weight, bank_a, bank_b, *merged)
-        ctx.scale, ctx.spans, ctx.order, ctx.x_shape, ctx.first = scale, spans, segments.order, x.shape, first
+        sizes = [first, *(stop - start for start, stop, _ in spans)]  # rows of no domain, then of each domain
+        out = rows.new_empty(rows.shape[0], weight.shape[0])
+        pieces, targets = torch.split(rows, sizes), torch.split(out, sizes)
+        if first:
+            _linear(pieces[0], weight.t(), shared_bias, targets[0])
+        shift_of = [None] * len(spans) if shifts is None else shifts.unbind()
+        for piece, own, shift, target in zip(pieces[1:], merged.unbind(), shift_of, targets[1:], strict=True):
+            _linear(piece, own, shift, target)
+        ctx.save_for_backward(rows, weight, present, a, b, merged)
+        ctx.scale, ctx.sizes, ctx.order, ctx.x_shape = scale, sizes, segments.order, x.shape
+        ctx.num_domains = bank_a.shape[0]
         return _ungrouped(out, torch.Size((*x.shape[:-1], weight.shape[0])), segments.order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, bank_a, bank_b, *merged = ctx.saved_tensors
+        rows, weight, present, a, b, merged = ctx.saved_tensors
         want_x, want_weight, want_shared, want_a, want_b, want_bias = ctx.needs_input_grad[:6]
         flat = (grad if ctx.order is None else grad.index_select(0, ctx.order)).reshape(-1, grad.shape[-1])
-        first = ctx.first
-        grad_rows = torch.empty_like(rows) if want_x else None
-        grad_a = torch.zeros_like(bank_a) if want_a else None
-        grad_b = torch.zeros_like(bank_b) if want_b else None
-        grad_bias = flat.new_zeros(bank_b.shape[0], flat.shape[1]) if want_bias else None
-        grad_plain = torch.mm(rows[:first].t(), flat[:first]) if want_weight else None  # (in, out)
-        if grad_rows is not None and first:
-            torch.mm(flat[:first], weight, out=grad_rows[:first])
-        for (start, stop, domain), own in zip(ctx.spans, merged, strict=True):
-            piece = flat[start:stop]
-            if grad_rows is not None:
-                torch.mm(piece, own.t(), out=grad_rows[start:stop])
-            if grad_bias is not None:
-                torch.sum(piece, 0, out=grad_bias[domain])
-            grad_own = torch.mm(rows[start:stop].t(), piece)  # (in, out): all else follows from it
-            if grad_plain is not None:
-                grad_plain.add_(grad_own)
-            if grad_a is not None and bank_a.shape[2]:
-                torch.mm(grad_own, bank_b[domain].t(), out=grad_a[domain]).mul_(ctx.scale)
-            if grad_b is not None and bank_a.shape[2]:
-                torch.mm(bank_a[domain].t(), grad_own, out=grad_b[domain]).mul_(ctx.scale)
-        grad_x = None if grad_rows is None else _ungrouped(grad_rows, ctx.x_shape, ctx.order)
-        grad_weight = None if grad_plain is None else grad_plain.t()
-        grad_shared = flat.sum(0) if want_shared else None
+        inputs, pieces = torch.split(rows, ctx.sizes), torch.split(flat, ctx.sizes)
+        grad_x = grad_weight = grad_shared = grad_a = grad_b = grad_bias = None
+        if want_x:
+            grad_rows = torch.empty_like(rows)
+            weights, targets = (weight.t(), *merged.unbind()), torch.split(grad_rows, ctx.sizes)
+            for piece, own, target in zip(pieces, weights, targets, strict=True):
+                if len(piece):
+                    torch.mm(piece, own.t(), out=target)
+            grad_x = _ungrouped(grad_rows, ctx.x_shape, ctx.order)
+        if want_weight or want_a or want_b:
+            grad_own = torch.empty_like(merged, memory_format=torch.contiguous_format)  # (P, in, out)
+            for input_, piece, target in zip(inputs[1:], pieces[1:], grad_own.unbind(), strict=True):
+                torch.mm(input_.t(), piece, out=target)
+            if want_weight:
+                grad_plain = grad_own.sum(0)
+                grad_weight = (grad_plain.addmm_(inputs[0].t(), pieces[0]) if ctx.sizes[0] else grad_plain).t()
+            if want_a:
+                grad_a = _scattered(torch.bmm(grad_own, b.mT), present, ctx)
+            if want_b:
+                grad_b = _scattered(torch.bmm(a.mT, grad_own), present, ctx)
+        if want_shared or want_bias:
+            sums = torch.stack([piece.sum(0) for piece in pieces])  # (1 + P, out)
+            grad_shared = sums.sum(0) if want_shared else None
+            grad_bias = _scattered(sums[1:], present, ctx, scaled=False) if want_bias else None
         return grad_x, grad_weight, grad_shared, grad_a, grad_b, grad_bias, None, None
+
+
+def _present(spans: list[Span], bank: Tensor) -> Tensor | None:
+    """The domains in the batch, or None if they are all of the bank's."""
+    if len(spans) == bank.shape[0]:
+        return None
+    return torch.tensor([domain for *_, domain in spans], dtype=torch.int64, device=bank.device)
+
+
+def _rows_of(bank: Tensor | None, present: Tensor | None) -> Tensor | None:
+    return bank if bank is None or present is None else bank.index_select(0, present)
+
+
+def _scattered(rows: Tensor, present: Tensor | None, ctx: Any, *, scaled: bool = True) -> Tensor:
+    """Gradients of the domains in the batch as rows of a bank's gradient, zero elsewhere."""
+    if scaled and ctx.scale != 1.0:
+        rows = rows.mul_(ctx.scale)
+    if present is None:
+        return rows
+    return rows.new_zeros(ctx.num_domains, *rows.shape[1:]).index_copy_(0, present, rows)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -211,9 +239,3 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias, x, weight, out=out)
-
-
-def _sum(shared: Tensor | None, bias: Tensor | None, domain: int) -> Tensor | None:
-    if bias is None or shared is None:
-        return shared if bias is None else bias[domain]
-    return shared + bias[domain]
