@@ -230,16 +230,17 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
 def _reader(model: nn.Module, domain: str | DomainOf | None) -> DomainOf | None:
     if domain is None or callable(domain):
         return domain
-    signature = inspect.signature(model.forward)
-    if domain not in signature.parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if domain not in parameters:
         raise ConfigError(
             f"forward of {type(model).__name__} has no argument of that name to read domains from",
             received=domain,
-            next_step=f"{nearest(domain, signature.parameters)} Or pass a function, or None and use routed(model, domain)",
+            next_step=f"{nearest(domain, parameters)} Or pass a function, or None and use routed(model, domain)",
         )
+    position = list(parameters).index(domain)
 
     def read(*args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, signature.bind(*args, **kwargs).arguments.get(domain))
+        return cast(Tensor, args[position] if position < len(args) else kwargs.get(domain))
 
     return read
 

@@ -7,6 +7,7 @@ of only the domains that occur, one contiguous segment of rows each.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,11 +51,12 @@ class DomainRoute:
             kind = f"{domain.dtype} of shape {tuple(domain.shape)}" if isinstance(domain, Tensor) else domain
             raise ConfigError("the domain of each row must be a vector of integers", received=kind)
         order = None
-        if domain.numel() > 1 and not bool((domain[1:] >= domain[:-1]).all()):
+        present, counts = _runs(domain)
+        if any(second <= first for first, second in pairwise(present)):
             domain, order = torch.sort(domain, stable=True)
-        present, counts = torch.unique_consecutive(domain, return_counts=True)
+            present, counts = _runs(domain)
         spans, start = [], 0
-        for name, count in zip(present.tolist(), counts.tolist(), strict=True):
+        for name, count in zip(present, counts, strict=True):
             if not -1 <= name < self.num_domains:
                 raise UnknownDomainError(
                     f"domains must be numbers from 0 to {self.num_domains - 1}, or -1 for none",
@@ -69,6 +71,12 @@ class DomainRoute:
     def clear(self) -> None:
         """Forget the batch."""
         self.segments = None
+
+
+def _runs(domain: Tensor) -> tuple[list[int], list[int]]:
+    """The domain and the length of each run of equal neighbours."""
+    present, counts = torch.unique_consecutive(domain, return_counts=True)
+    return present.tolist(), counts.tolist()
 
 
 class _ReadNotCalledError(ConfigError, AttributeError):
@@ -176,7 +184,8 @@ class LowRankLinear(nn.Module):
         segments = self._segments(x)
         # merging is for training alone: its products have fewer rows each, which moves the last bits
         if self.training and self._may_merge(x) and merging_pays(segments, x, self.out_features):
-            return merged_linear(x, self.base.weight, self.base.bias, *self._banks(x.dtype), self.scale, segments)
+            banks = (self.lora_A, self.lora_B, self.lora_bias)
+            return merged_linear(x, self.base.weight, self.base.bias, *banks, self.scale, segments)
         out: Tensor = self.base(x)
         if not segments.spans:
             return out
