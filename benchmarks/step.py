@@ -1,6 +1,7 @@
 """How much of a training step is the network: rows/s as a share of the tower's bare matrix products.
 
-One process, interleaved rounds, medians. ``--quick`` stays under 40 seconds on two cores.
+One process, one thread (what a study's worker and ``domlora pretrain`` use), interleaved rounds, medians. ``--quick`` stays
+under 40 seconds on two cores.
 
     python benchmarks/step.py --quick
 
@@ -118,7 +119,7 @@ def plain_torch(data: Dataset) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = rows()

@@ -9,6 +9,7 @@ occur in the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,8 +164,9 @@ class _Merged(torch.autograd.Function):
         rows, spans = _grouped(x, segments)
         present = _present(spans, bank_a)
         a, b, shifts = (_rows_of(bank, present) for bank in (bank_a, bank_b, bias))  # (P, in, R), (P, R, out), (P, out)
-        plain = weight.t().expand(len(spans), -1, -1)
-        merged = plain if a is None or b is None or not a.shape[2] else torch.baddbmm(plain, a, b, alpha=scale)
+        plain = weight.expand(len(spans), -1, -1)
+        # (P, out, in), the layout of the base's weight: no copy here and none of its gradient later
+        merged = plain if a is None or b is None or not a.shape[2] else torch.baddbmm(plain, b.mT, a.mT, alpha=scale)
         if shared_bias is not None:
             shifts = shared_bias.expand(len(spans), -1) if shifts is None else shifts + shared_bias
         first = spans[0][0] if spans else rows.shape[0]
@@ -172,7 +174,7 @@ class _Merged(torch.autograd.Function):
         out = rows.new_empty(rows.shape[0], weight.shape[0])
         pieces, targets = torch.split(rows, sizes), torch.split(out, sizes)
         if first:
-            _linear(pieces[0], weight.t(), shared_bias, targets[0])
+            _linear(pieces[0], weight, shared_bias, targets[0])
         shift_of = [None] * len(spans) if shifts is None else shifts.unbind()
         for piece, own, shift, target in zip(pieces[1:], merged.unbind(), shift_of, targets[1:], strict=True):
             _linear(piece, own, shift, target)
@@ -190,28 +192,28 @@ class _Merged(torch.autograd.Function):
         inputs, pieces = torch.split(rows, ctx.sizes), torch.split(flat, ctx.sizes)
         grad_x = grad_weight = grad_shared = grad_a = grad_b = grad_bias = None
         if want_x:
-            grad_rows = torch.empty_like(rows)
-            weights, targets = (weight.t(), *merged.unbind()), torch.split(grad_rows, ctx.sizes)
-            for piece, own, target in zip(pieces, weights, targets, strict=True):
-                if len(piece):
-                    torch.mm(piece, own.t(), out=target)
+            grad_rows = _products(pieces, (weight, *merged.unbind()), torch.empty_like(rows), ctx.sizes)
             grad_x = _ungrouped(grad_rows, ctx.x_shape, ctx.order)
         if want_weight or want_a or want_b:
-            grad_own = torch.empty_like(merged, memory_format=torch.contiguous_format)  # (P, in, out)
+            grad_own = torch.empty_like(merged, memory_format=torch.contiguous_format)  # (P, out, in)
             for input_, piece, target in zip(inputs[1:], pieces[1:], grad_own.unbind(), strict=True):
-                torch.mm(input_.t(), piece, out=target)
-            if want_weight:
-                grad_plain = grad_own.sum(0)
-                grad_weight = (grad_plain.addmm_(inputs[0].t(), pieces[0]) if ctx.sizes[0] else grad_plain).t()
-            if want_a:
-                grad_a = _scattered(torch.bmm(grad_own, b.mT), present, ctx)
-            if want_b:
-                grad_b = _scattered(torch.bmm(a.mT, grad_own), present, ctx)
+                torch.mm(piece.t(), input_, out=target)
+            grad_weight = grad_own.sum(0).addmm_(pieces[0].t(), inputs[0]) if want_weight else None
+            grad_a = _scattered(torch.bmm(grad_own.mT, b.mT), present, ctx) if want_a else None
+            grad_b = _scattered(torch.bmm(a.mT, grad_own.mT), present, ctx) if want_b else None
         if want_shared or want_bias:
             sums = torch.stack([piece.sum(0) for piece in pieces])  # (1 + P, out)
             grad_shared = sums.sum(0) if want_shared else None
             grad_bias = _scattered(sums[1:], present, ctx, scaled=False) if want_bias else None
         return grad_x, grad_weight, grad_shared, grad_a, grad_b, grad_bias, None, None
+
+
+def _products(pieces: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor, sizes: list[int]) -> Tensor:
+    """``piece @ weight`` for each group of rows, into the rows of ``out``."""
+    for piece, weight, target in zip(pieces, weights, torch.split(out, sizes), strict=True):
+        if len(piece):
+            torch.mm(piece, weight, out=target)
+    return out
 
 
 def _present(spans: list[Span], bank: Tensor) -> Tensor | None:
@@ -236,6 +238,6 @@ def _scattered(rows: Tensor, present: Tensor | None, ctx: Any, *, scaled: bool =
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
-        torch.mm(x, weight, out=out)
+        torch.mm(x, weight.t(), out=out)
     else:
-        torch.addmm(bias, x, weight, out=out)
+        torch.addmm(bias, x, weight.t(), out=out)
