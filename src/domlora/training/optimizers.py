@@ -73,7 +73,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class Optimizer:
-    """One fused torch optimizer for each rule name, with a parameter group for each kind.
+    """One fused torch optimizer for each rule name, with a parameter group for each rule.
 
     Args:
         model: its parameters that require a gradient when this is built are the ones that move.
@@ -85,12 +85,14 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
         rules = {"tables": options.tables, "dense": options.dense, "adapters": options.adapters}
-        by_name: dict[str, list[dict[str, Any]]] = {}
+        by_rule: dict[Rule, list[nn.Parameter]] = {}  # equal rules share a group: one fused call instead of three
         for kind, parameters in parameter_groups(model).items():
             if parameters:
-                rule = rules[kind]
-                group = {"params": parameters, "lr": rule.lr, "weight_decay": rule.weight_decay}
-                by_name.setdefault(rule.name, []).append(group)
+                by_rule.setdefault(rules[kind], []).extend(parameters)
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for rule, parameters in by_rule.items():
+            group = {"params": parameters, "lr": rule.lr, "weight_decay": rule.weight_decay}
+            by_name.setdefault(rule.name, []).append(group)
         if not by_name:
             raise ConfigError("a model needs a parameter that moves", next_step="Call attach_ before freeze_")
         classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
