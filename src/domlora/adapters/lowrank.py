@@ -73,6 +73,15 @@ class DomainRoute:
         self.segments = None
 
 
+def _is_plain(base: nn.Linear) -> bool:
+    """Whether a layer is ``x W + b`` and nobody watches it."""
+    return type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
+
+
+def _in_one_type(x: Tensor, bank: Tensor) -> bool:
+    return x.dtype == bank.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 def _runs(domain: Tensor) -> tuple[list[int], list[int]]:
     """The domain and the length of each run of equal neighbours."""
     present, counts = torch.unique_consecutive(domain, return_counts=True)
@@ -178,33 +187,26 @@ class LowRankLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
+        base = self.base
         if not self.route.enabled:
-            plain: Tensor = self.base(x)
+            plain: Tensor = base(x)
             return plain
         segments = self._segments(x)
+        banks: tuple[Tensor, Tensor, Tensor | None] = (self.lora_A, self.lora_B, self.lora_bias)
+        owned = _is_plain(base)
         # merging is for training alone: its products have fewer rows each, which moves the last bits
-        if self.training and self._may_merge(x) and merging_pays(segments, x, self.out_features):
-            banks = (self.lora_A, self.lora_B, self.lora_bias)
-            return merged_linear(x, self.base.weight, self.base.bias, *banks, self.scale, segments)
-        out: Tensor = self.base(x)
+        if self.training and owned and _in_one_type(x, banks[0]) and merging_pays(segments, x, base.out_features):
+            return merged_linear(x, base.weight, base.bias, *banks, self.scale, segments)
+        out: Tensor = base(x)
         if not segments.spans:
             return out
-        if not self._plain_base() or out._is_view():  # somebody else may hold what would be changed in place
+        if not owned or out._is_view():  # somebody else may hold what would be changed in place
             out = out.clone()
-        return add_corrections(out, x.to(out.dtype), *self._banks(out.dtype), self.scale, segments)
-
-    def _may_merge(self, x: Tensor) -> bool:
-        one_dtype = x.dtype == self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type)
-        return one_dtype and self._plain_base()
-
-    def _plain_base(self) -> bool:
-        """Whether the base is ``x W + b`` and nobody watches it."""
-        return type(self.base) is nn.Linear and not self.base._forward_hooks and not self.base._forward_pre_hooks
-
-    def _banks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The banks in the type that the base computes in (another one under autocast)."""
-        bias = None if self.lora_bias is None else self.lora_bias.to(dtype)
-        return self.lora_A.to(dtype), self.lora_B.to(dtype), bias
+        if out.dtype != banks[0].dtype or out.dtype != x.dtype:  # autocast: the type that the base computes in
+            bank_a, bank_b, bias = banks
+            banks = bank_a.to(out.dtype), bank_b.to(out.dtype), None if bias is None else bias.to(out.dtype)
+            x = x.to(out.dtype)
+        return add_corrections(out, x, *banks, self.scale, segments)
 
     def _segments(self, x: Tensor) -> Segments:
         segments = self.route.segments
