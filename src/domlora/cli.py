@@ -5,6 +5,7 @@ Heavy imports happen inside the verbs, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -340,4 +341,6 @@ def _training_bar() -> Iterator[OnProgress]:
 
 def _said(at: Progress) -> str:
     value = "-" if at.value is None else f"{at.value:.5f}"
+    if math.isnan(at.loss):  # the starting point, before any step
+        return f"start    valid {value}"
     return f"epoch {at.epoch}  loss {at.loss:.5f}  valid {value}  {at.rows_per_second:,.0f} rows/s"
