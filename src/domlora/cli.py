@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +18,9 @@ from rich.console import Console
 from domlora.errors import ConfigError, DomloraError
 
 if TYPE_CHECKING:
+    from domlora.data.dataset import Dataset
     from domlora.evaluation.evaluate import Table
-    from domlora.training.fit import OnProgress, Progress
+    from domlora.training.fit import Fit, OnProgress, Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,8 +141,7 @@ def pretrain(
         model, found = run(
             rows, options.model, options.train, method=method, checkpoint=_checkpoint(out), on_progress=show
         )
-    facts = {"method": method, "data": rows.fingerprint(), "valid": found.best_value, "epoch": found.best_epoch}
-    Bundle(model, options.model, rows.encoder, facts).save(out, overwrite=overwrite)
+    Bundle(model, options.model, rows.encoder, _facts(method, rows, found)).save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     _out.print(f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False)
 
@@ -173,8 +173,8 @@ def adapt(
     _check_same_encoder(opened, rows)
     with _training_bar() as show:
         found = run(opened.model, rows, options, method=method, checkpoint=_checkpoint(out), on_progress=show)
-    facts = {"method": method, "data": rows.fingerprint(), "valid": found.best_value, "epoch": found.best_epoch}
-    adapted = Bundle(opened.model, opened.model_options, opened.encoder, {**facts, "base": opened.facts})
+    facts = {**_facts(method, rows, found), "base": opened.facts}
+    adapted = Bundle(opened.model, opened.model_options, opened.encoder, facts)
     adapted.save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     start = found.history[0][options.adapt.fit.monitor]
@@ -201,10 +201,7 @@ def evaluate(
     _check_same_encoder(opened, rows)
     if base and opened.adapter is None:
         raise ConfigError("--base switches adapters off, and this bundle has none", received=str(bundle))
-    if base:
-        with disabled(opened.model):
-            said = predict(opened.model, rows.batches(split, 16384))
-    else:
+    with disabled(opened.model) if base else nullcontext():
         said = predict(opened.model, rows.batches(split, 16384))
     table = by_domain(said, rows.schema.domains)
     _print_table(table)
@@ -263,6 +260,11 @@ def report(
     write_report(results, out, markdown=markdown, csv=csv, title=heading, command=facts["command"])
     _out.print(to_markdown(tabulate(results)), markup=False, highlight=False, soft_wrap=True)
     _out.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _facts(method: str, rows: Dataset, found: Fit) -> dict[str, Any]:
+    """What a bundle remembers of its training."""
+    return {"method": method, "data": rows.fingerprint(), "valid": found.best_value, "epoch": found.best_epoch}
 
 
 def _check_same_encoder(bundle: Any, rows: Any) -> None:

@@ -172,12 +172,8 @@ def read_facts(folder: Path) -> dict[str, str]:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """``params_total``, ``params_tables`` and ``params_adapters``, frozen ones counted too."""
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    sizes = {kind: sum(p.numel() for p in group) for kind, group in parameter_groups(model).items()}
-    for parameter, moves in frozen.items():
-        parameter.requires_grad_(moves)
+    groups = parameter_groups(model, frozen=True)
+    sizes = {kind: sum(p.numel() for p in group) for kind, group in groups.items()}
     return {
         "params_total": sum(sizes.values()),
         "params_tables": sizes["tables"],

@@ -55,8 +55,8 @@ class OptimizerOptions:
     adapters: Rule = field(default_factory=Rule)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that move, as ``tables``, ``dense`` and ``adapters``, in the order of the model."""
+def parameter_groups(model: nn.Module, *, frozen: bool = False) -> dict[str, list[nn.Parameter]]:
+    """The parameters that move, with ``frozen`` those that do not too, as ``tables``, ``dense`` and ``adapters``."""
     tables = {
         id(parameter)
         for module in model.modules()
@@ -65,7 +65,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     }
     groups: dict[str, list[nn.Parameter]] = {"tables": [], "dense": [], "adapters": []}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not (parameter.requires_grad or frozen):
             continue
         kind = "adapters" if is_adapter_parameter(name) else "tables" if id(parameter) in tables else "dense"
         groups[kind].append(parameter)

@@ -74,10 +74,8 @@ def pretrain(
     Raises:
         ConfigError: another method.
     """
-    if method not in ("base", "joint"):
-        raise ConfigError(
-            "pretraining knows two methods", received=method, next_step=nearest(method, ("base", "joint"))
-        )
+    if method not in FIRST_STAGES:
+        raise ConfigError("pretraining knows two methods", received=method, next_step=nearest(method, FIRST_STAGES))
     if "name" not in model_options:
         raise ConfigError("a model needs a name", received=dict(model_options), next_step="Set model.name")
     stage = recipe.pretrain if method == "base" else recipe.joint
