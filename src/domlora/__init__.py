@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from domlora.adapters.attach import AdapterOptions as AdapterOptions
     from domlora.adapters.attach import attach_ as attach_
     from domlora.adapters.attach import detach_ as detach_
-    from domlora.adapters.attach import disabled as disabled
     from domlora.adapters.attach import freeze_ as freeze_
     from domlora.adapters.attach import merge_ as merge_
-    from domlora.adapters.attach import routed as routed
+    from domlora.adapters.bank import add_domain_ as add_domain_
     from domlora.adapters.bank import load_rows_ as load_rows_
+    from domlora.adapters.bank import remove_domain_ as remove_domain_
     from domlora.adapters.bank import rows_of as rows_of
+    from domlora.adapters.bank import trainable_report as trainable_report
+    from domlora.adapters.file import load_adapter_ as load_adapter_
+    from domlora.adapters.file import save_adapter as save_adapter
+    from domlora.adapters.root import disabled as disabled
+    from domlora.adapters.root import routed as routed
     from domlora.bundle import Bundle as Bundle
     from domlora.data.dataset import Dataset as Dataset
     from domlora.data.prepare import prepare as prepare
@@ -53,20 +58,25 @@ _FACE = {
     "Schema": "features.schema",
     "World": "data.synthetic",
     "adapt": "training.stages",
+    "add_domain_": "adapters.bank",
     "attach_": "adapters.attach",
     "build_model": "models.build",
     "by_domain": "evaluation.evaluate",
     "detach_": "adapters.attach",
-    "disabled": "adapters.attach",
+    "disabled": "adapters.root",
     "fit": "training.fit",
     "freeze_": "adapters.attach",
+    "load_adapter_": "adapters.file",
     "load_rows_": "adapters.bank",
     "merge_": "adapters.attach",
     "predict": "evaluation.evaluate",
     "prepare": "data.prepare",
     "pretrain": "training.stages",
-    "routed": "adapters.attach",
+    "remove_domain_": "adapters.bank",
+    "routed": "adapters.root",
     "rows_of": "adapters.bank",
+    "save_adapter": "adapters.file",
+    "trainable_report": "adapters.bank",
 }
 
 __all__ = sorted(_FACE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -3,7 +3,7 @@
     manifest.json        what is in here, with the sha256 of every file
     schema.json  vocabularies.json       the encoder: raw value to id
     base.safetensors     the weights that all domains share
-    adapters/DOMAIN.safetensors          one domain's row of every bank
+    adapters/DOMAIN/     one domain's row of every bank, each a directory that PEFT reads too and that can be used alone
 
 Written beside its place and renamed, so that a reader sees a whole bundle or none.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,15 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from domlora.adapters.attach import AdapterOptions, attach_, options_of
-from domlora.adapters.bank import base_state, load_rows_, rows_of
+from domlora.adapters.bank import base_state
+from domlora.adapters.file import base_fingerprint, load_adapter_, write_adapter
 from domlora.errors import BundleError
 from domlora.features.encode import Encoder
 from domlora.files import new_folder, sha256_of
-from domlora.models.build import build_model
+from domlora.models.build import build_model, stored_options
 
-__all__ = ["Bundle", "verify"]
+__all__ = ["Bundle", "adapter_folders", "verify"]
 
-_MANIFEST, _BASE, _FORMAT = "manifest.json", "base.safetensors", 1
+_MANIFEST, _BASE, _FORMAT = "manifest.json", "base.safetensors", 2
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # names that Windows keeps for itself
 
 
 @dataclass(slots=True)
@@ -80,10 +84,10 @@ class Bundle:
                 self._save_adapters(fresh)
             manifest = {
                 "format": _FORMAT,
-                "model": self.model_options,
+                "model": stored_options(self.model_options),
                 "adapter": None if self.adapter is None else asdict(self.adapter),
                 "facts": self.facts,
-                "files": {str(path.relative_to(fresh)): sha256_of(path) for path in _files(fresh)},
+                "files": {name: sha256_of(fresh / name) for name in _files(fresh)},
             }
             whole = {**manifest, "sha256": _digest(manifest)}
             (fresh / _MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
@@ -107,14 +111,16 @@ class Bundle:
             globs: dict[str, Any] = {name: tuple(options[name]) for name in ("include", "exclude")}
             adapter = AdapterOptions(**{**options, **globs})
             attach_(model, encoder.schema.num_domains, **asdict(adapter))
-            for number, domain in enumerate(encoder.schema.domains):
-                load_rows_(model, number, load_file(folder / _adapter_file(domain)))
+            base = base_fingerprint(model)
+            for number, place in enumerate(adapter_folders(encoder.schema.domains).values()):
+                load_adapter_(model, number, folder / place, base=base)
         return cls(model.eval(), manifest["model"], encoder, manifest["facts"])
 
     def _save_adapters(self, fresh: Path) -> None:
-        (fresh / "adapters").mkdir()
-        for number, domain in enumerate(self.encoder.schema.domains):
-            save_file(rows_of(self.model, number), fresh / _adapter_file(domain))
+        base = base_fingerprint(self.model)  # once, and not once a domain
+        for number, place in enumerate(adapter_folders(self.encoder.schema.domains).values()):
+            (fresh / place).mkdir(parents=True)
+            write_adapter(self.model, number, fresh / place, base=base)
 
 
 def verify(folder: Path) -> Mapping[str, Any]:
@@ -129,7 +135,7 @@ def verify(folder: Path) -> Mapping[str, Any]:
             raise BundleError(f"a bundle must have format {_FORMAT}", received=manifest["format"])
         if manifest.pop("sha256") != _digest(manifest):
             raise ValueError(f"{_MANIFEST} has another sha256 than it says")
-        known, found = manifest["files"], {str(path.relative_to(folder)) for path in _files(folder)} - {_MANIFEST}
+        known, found = manifest["files"], set(_files(folder)) - {_MANIFEST}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, BundleError):
             raise
@@ -147,11 +153,27 @@ def verify(folder: Path) -> Mapping[str, Any]:
     return manifest
 
 
-def _adapter_file(domain: str) -> str:
-    name = quote(domain, safe="")
-    if len(name) > 200:  # a file's name has 255 bytes at most
-        name = f"{name[:150]}-{hashlib.sha256(domain.encode()).hexdigest()[:32]}"
-    return f"adapters/{name}.safetensors"
+def adapter_folders(domains: Sequence[str]) -> dict[str, str]:
+    """Where in a bundle of these domains each one's adapter is: its name in the signs that every file system has.
+
+    Names that a disk could take for each other (``A`` and ``a``), for a device or for a parent folder, and names longer than
+    a folder's may be, end in ``@`` and a part of their sha256. No other name has an ``@``, which is written as ``%40``.
+
+    >>> for folder in adapter_folders(["Books", "home & garden", "A", "a", ".."]).values():
+    ...     print(folder)
+    adapters/Books
+    adapters/home%20%26%20garden
+    adapters/A@559aead08264d579
+    adapters/a@ca978112ca1bbdca
+    adapters/%2E%2E@5ec1f7e700f37c3d
+    """
+    names = {domain: quote(domain, safe="") for domain in domains}
+    alike = Counter(name.lower() for name in names.values())
+    for domain, name in names.items():
+        if alike[name.lower()] > 1 or name.strip(".") != name or len(name) > 200 or _DEVICE.match(name):
+            digest = hashlib.sha256(domain.encode()).hexdigest()[:16]
+            names[domain] = f"{name.replace('.', '%2E')[:200]}@{digest}"
+    return {domain: f"adapters/{name}" for domain, name in names.items()}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -159,5 +181,5 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

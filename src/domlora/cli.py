@@ -192,7 +192,7 @@ def evaluate(
     """Score a split: AUC, log loss and calibration in each domain and over all."""
     import json
 
-    from domlora.adapters.attach import disabled
+    from domlora.adapters.root import disabled
     from domlora.bundle import Bundle
     from domlora.data.dataset import Dataset
     from domlora.evaluation.evaluate import by_domain, predict

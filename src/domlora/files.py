@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def _put(fresh: Path, out: Path, old: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync_one(path)
+    with ThreadPoolExecutor(8) as pool:  # one at a time, thousands of small files wait for the disk thousands of times
+        list(pool.map(_sync_one, folder.rglob("*")))
     _sync_one(folder)
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import AdapterOptions, attach_, detach_, disabled, merge_
+from domlora.adapters.attach import AdapterOptions, attach_, detach_, merge_
 from domlora.adapters.bank import adapter_layers, adapter_parameters, base_state
+from domlora.adapters.root import disabled
 from domlora.bundle import Bundle
 from domlora.data.dataset import Dataset
 from domlora.evaluation.evaluate import predict

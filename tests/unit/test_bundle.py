@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from domlora.adapters.attach import AdapterOptions, attach_
 from domlora.adapters.bank import adapter_parameters, rows_of
-from domlora.bundle import Bundle, verify
+from domlora.adapters.file import base_fingerprint, load_adapter_
+from domlora.bundle import Bundle, adapter_folders, verify
 from domlora.errors import BundleError, DataError, DomloraError
 from domlora.features.encode import Encoder
 from domlora.features.schema import Feature, Schema
+from domlora.files import sha256_of
 from domlora.models.build import build_model
 
 OPTIONS: dict[str, Any] = {"name": "star", "hidden_units": [8, 4], "embedding_dim": 3, "dropout": 0.2}
@@ -46,6 +51,11 @@ def bundle(adapter: AdapterOptions | None = None, domains: tuple[str, ...] = ("a
 
 def states(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def parts(folder: Path) -> list[Path]:
+    """All files of adapters."""
+    return sorted(path for path in folder.rglob("adapters/**/*") if path.is_file())
 
 
 def files(folder: Path) -> list[str]:
@@ -100,8 +110,12 @@ def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
 
 def test_files(saved: Path) -> None:
     assert files(saved) == [
-        "adapters/app.safetensors",
-        "adapters/web.safetensors",
+        "adapters/app/adapter_config.json",
+        "adapters/app/adapter_model.safetensors",
+        "adapters/app/domlora.json",
+        "adapters/web/adapter_config.json",
+        "adapters/web/adapter_model.safetensors",
+        "adapters/web/domlora.json",
         "base.safetensors",
         "manifest.json",
         "schema.json",
@@ -110,7 +124,8 @@ def test_files(saved: Path) -> None:
     assert sorted(verify(saved)["files"]) == [name for name in files(saved) if name != "manifest.json"]
 
 
-NAMES = ["adapters/app.safetensors", "base.safetensors", "manifest.json", "schema.json", "vocabularies.json"]
+NAMES = [f"adapters/app/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "domlora.json")]
+NAMES += ["base.safetensors", "manifest.json", "schema.json", "vocabularies.json"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,7 +165,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(saved: Path) -> None:
     assert not unnoticed
 
 
-@pytest.mark.parametrize("name", ["extra.txt", "adapters/toys.safetensors", ".hidden"])
+@pytest.mark.parametrize("name", ["extra.txt", "adapters/toys", "adapters/app/README.md", ".hidden"])
 def test_an_unknown_file_is_named(saved: Path, name: str) -> None:
     (saved / name).write_bytes(b"x")
     with pytest.raises(BundleError, match=name):
@@ -163,6 +178,14 @@ def test_a_manifest_without_a_part_is_refused(saved: Path, key: str) -> None:
     del manifest[key]
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(saved)
+
+
+def test_a_bundle_of_the_first_format_is_refused(saved: Path) -> None:
+    """One tensor file a domain, under other names."""
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(BundleError, match=r"format 2\. Received: 1"):
         Bundle.open(saved)
 
 
@@ -197,6 +220,34 @@ def test_weights_of_another_model_are_refused(saved: Path, tmp_path: Path) -> No
 
 
 WEIRD = ["a/b", "..", ".", "ü", "a b", "%2F", "../../x", "~", "C:\\x", "a\nb", "日本語" * 20, "A", "a", "-1", "\x00"]
+WEIRD += [".hidden", "a.", "con", "aux.txt", "COM1", "x" * 300, "x" * 301, "X" * 300, "@", "adapters", "manifest.json"]
+
+
+def test_folders_of_adapters_fit_every_disk() -> None:
+    """macOS and Windows take ``A`` for ``a``; Windows drops a last dot and keeps a few names for devices."""
+    names = [folder.removeprefix("adapters/") for folder in adapter_folders(WEIRD).values()]
+    assert len({name.lower() for name in names}) == len(names) == len(WEIRD)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_.~%@-]{1,255}", name)
+        assert name.strip(".") == name
+        assert name.partition(".")[0].lower() not in {"con", "prn", "aux", "nul", "com1", "lpt1"}
+
+
+def test_folders_of_adapters_can_be_read() -> None:
+    names = ["books", "Toys", "age_18-24", "4", "v1.2", "F"]
+    assert adapter_folders(names) == {name: f"adapters/{name}" for name in names}
+    assert adapter_folders(["home & garden", "x", "X"]) == {
+        "home & garden": "adapters/home%20%26%20garden",
+        "x": "adapters/x@2d711642b726b044",
+        "X": "adapters/X@4b68ab3847feda7d",
+    }
+
+
+def test_no_name_can_be_made_to_meet_another() -> None:
+    """What tells ``A`` from ``a`` is a sign that a plain name never has."""
+    taken = [folder.removeprefix("adapters/") for folder in adapter_folders(["A", "a"]).values()]
+    names = list(adapter_folders(["A", "a", *taken, taken[0].lower()]).values())
+    assert len({name.lower() for name in names}) == len(names)
 
 
 def test_weird_domain_names_stay_inside(tmp_path: Path) -> None:
@@ -204,12 +255,63 @@ def test_weird_domain_names_stay_inside(tmp_path: Path) -> None:
     ours.save(tmp_path / "in" / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["bundle"]
+    assert all(len(path.relative_to(tmp_path / "in" / "bundle").parts) == 3 for path in parts(tmp_path / "in"))
     assert len(list((tmp_path / "in" / "bundle" / "adapters").iterdir())) == len(WEIRD)
     theirs = Bundle.open(tmp_path / "in" / "bundle")
     assert theirs.encoder.schema.domains == tuple(WEIRD)
     for number in range(len(WEIRD)):
         for name, row in rows_of(ours.model, number).items():
             assert torch.equal(rows_of(theirs.model, number)[name], row)
+
+
+def test_an_adapter_is_used_alone(saved: Path, tmp_path: Path) -> None:
+    """Copied out of its bundle, beside the same base in another process's model, in another row of the bank."""
+    shutil.copytree(saved / "adapters/web", tmp_path / "web")
+    ours, fresh = bundle(ADAPTERS[1]), build_model(schema=encoder().schema, **OPTIONS)
+    fresh.load_state_dict(load_file(saved / "base.safetensors"))
+    attach_(fresh, 3, temperature=2.0, include=("tower.*",))
+    load_adapter_(fresh, 2, tmp_path / "web")
+    for name, row in rows_of(ours.model, 1).items():
+        assert torch.equal(rows_of(fresh, 2)[name], row)
+
+
+def test_an_adapter_of_another_base_is_refused(saved: Path) -> None:
+    """A folder that somebody exchanged, with a manifest that agrees."""
+    other = bundle(ADAPTERS[1])
+    with torch.no_grad():
+        next(p for name, p in other.model.named_parameters() if "lora" not in name).add_(1)
+    other.save(saved.parent / "other")
+    shutil.rmtree(saved / "adapters/web")
+    shutil.copytree(saved.parent / "other/adapters/web", saved / "adapters/web")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"] = {name: sha256_of(saved / name) for name in files(saved) if name != "manifest.json"}
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (saved / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+    verify(saved)
+    with pytest.raises(BundleError, match="another base"):
+        Bundle.open(saved)
+
+
+@pytest.mark.parametrize("work", ["save", "open"])
+def test_the_base_is_read_once_and_not_once_a_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    ours = bundle(ADAPTERS[1], tuple(f"d{number}" for number in range(20)))
+    ours.save(tmp_path / "bundle")
+    calls = []
+
+    def counted(model: nn.Module) -> str:
+        calls.append(model)
+        return base_fingerprint(model)
+
+    for room in ("domlora.bundle", "domlora.adapters.file"):
+        monkeypatch.setattr(f"{room}.base_fingerprint", counted)
+    if work == "save":
+        ours.save(tmp_path / "again")
+    else:
+        Bundle.open(tmp_path / "bundle")
+    assert len(calls) == 1
 
 
 def test_a_blank_domain_name_never_gets_this_far() -> None:

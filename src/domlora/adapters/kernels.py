@@ -2,35 +2,46 @@
 
 ``add_corrections`` adds ``s (x A_d) B_d + c_d`` to what the base gave: exact for any base, and a fresh adapter adds nothing
 but zeros. ``merged_linear`` multiplies a domain's rows by ``W + s A_d B_d``: one product a domain and no further pass over
-the activations, which wins as soon as a domain has more rows than the merge costs. Both compute only the domains that
-occur in the batch.
+the activations, which wins in training as soon as a domain has more rows than the merge costs. Both compute only the
+domains that occur in the batch, and give banks gradients of only those rows if asked for ``sparse`` ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Segments", "add_corrections", "merged_linear", "merging_pays"]
+from domlora.adapters.route import Segments, Tile
 
-Span = tuple[int, int, int]
+__all__ = [
+    "Banks",
+    "add_corrections",
+    "correct_",
+    "correct_backward_",
+    "corrected_linear",
+    "merged_linear",
+    "merging_pays",
+]
 
 
-class Segments(NamedTuple):
-    """Rows of a batch grouped by domain.
+class Banks(NamedTuple):
+    """One layer's adapters of all domains.
 
-    ``order`` sorts the rows by domain, or is None when they already are; ``spans`` holds ``(start, stop, domain)`` of
-    each domain that occurs, in sorted order; rows of no domain (-1) come first and are in no span.
+    ``a (D, in, R)``, ``b (D, R, out)``, ``bias (D, out)`` or None; ``sparse``: gradients are sparse tensors that hold the
+    rows of the domains in the batch.
     """
 
-    order: Tensor | None
-    spans: tuple[Span, ...]
-    num_rows: int
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+    sparse: bool = False
 
 
 def merging_pays(segments: Segments, x: Tensor, out_features: int) -> bool:
@@ -43,107 +54,234 @@ def merging_pays(segments: Segments, x: Tensor, out_features: int) -> bool:
     return rows * (width + out_features) > len(segments.spans) * width * out_features
 
 
-def add_corrections(
-    out: Tensor, x: Tensor, bank_a: Tensor, bank_b: Tensor, bias: Tensor | None, scale: float, segments: Segments
-) -> Tensor:
-    """``out + s (x A_d) B_d + c_d`` for each row's domain; ``out`` is changed in place.
+def add_corrections(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> Tensor:
+    """``out + s (x A_d) B_d + c_d`` for each row's domain; ``out`` is changed in place and must be contiguous.
 
-    **Shape**: ``out (B, ..., out)``, ``x (B, ..., in)``, ``bank_a (D, in, R)``, ``bank_b (D, R, out)``, ``bias (D, out)``.
+    **Shape**: ``out (B, ..., out)``, ``x (B, ..., in)``.
     """
-    result: Tensor = _Corrections.apply(out, x, bank_a, bank_b, bias, scale, segments)  # type: ignore[no-untyped-call]
+    result: Tensor = _Corrections.apply(out, x, None, None, *banks, segments)  # type: ignore[no-untyped-call]
     return result
 
 
-def merged_linear(
-    x: Tensor,
-    weight: Tensor,
-    shared_bias: Tensor | None,
-    bank_a: Tensor,
-    bank_b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    segments: Segments,
-) -> Tensor:
-    """``x (W + s A_d B_d) + b + c_d`` for each row's domain.
+def corrected_linear(x: Tensor, weight: Tensor, shared_bias: Tensor | None, banks: Banks, segments: Segments) -> Tensor:
+    """``x W + b + s (x A_d) B_d + c_d`` for each row's domain, bit for bit what the base gives plus corrections.
 
     **Shape**: as :func:`add_corrections`; ``weight (out, in)`` and ``shared_bias (out,)`` are those of the base.
     """
-    result: Tensor = _Merged.apply(  # type: ignore[no-untyped-call]
-        x, weight, shared_bias, bank_a, bank_b, bias, scale, segments
+    result: Tensor = _Corrections.apply(  # type: ignore[no-untyped-call]
+        None, x, weight, shared_bias, *banks, segments
     )
     return result
 
 
-def _grouped(x: Tensor, segments: Segments) -> tuple[Tensor, list[Span]]:
-    """Rows of ``x`` in domain order without middle axes, ``(B * middle, in)``, and their spans."""
-    middle = math.prod(x.shape[1:-1])
-    if segments.order is not None:
-        x = x.index_select(0, segments.order)
-    spans = [(start * middle, stop * middle, domain) for start, stop, domain in segments.spans]
-    return x.reshape(-1, x.shape[-1]), spans
+def merged_linear(x: Tensor, weight: Tensor, shared_bias: Tensor | None, banks: Banks, segments: Segments) -> Tensor:
+    """``x (W + s A_d B_d) + b + c_d`` for each row's domain.
 
-
-def _ungrouped(rows: Tensor, shape: torch.Size, order: Tensor | None) -> Tensor:
-    """Grouped rows back in the batch's own order and shape."""
-    x = rows.view(shape)
-    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
+    **Shape**: as :func:`corrected_linear`.
+    """
+    result: Tensor = _Merged.apply(x, weight, shared_bias, *banks, segments)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Corrections(torch.autograd.Function):
+    """Tile by tile, so that what one product writes is still in the cache when the next one reads it.
+
+    Takes either what the base gave (``out``) or the base's own parameters, which saves a pass over the input's gradient.
+    """
+
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx,
-        out: Tensor,
+        out: Tensor | None,
         x: Tensor,
+        weight: Tensor | None,
+        shared_bias: Tensor | None,
         bank_a: Tensor,
         bank_b: Tensor,
         bias: Tensor | None,
         scale: float,
+        sparse: bool,
         segments: Segments,
     ) -> Tensor:
-        rows, spans = _grouped(x, segments)
-        rank, width = bank_b.shape[1:]
-        order = segments.order
-        # sorted rows are corrected where they lie: the base made them a moment ago and nobody else holds them
-        target = out.view(-1, width) if order is None else out.new_zeros(rows.shape[0], width)
-        inner = rows.new_empty(rows.shape[0], rank)  # (B * middle, R)
-        for start, stop, domain in spans:
-            piece = target[start:stop]
-            if rank:
-                torch.mm(rows[start:stop], bank_a[domain], out=inner[start:stop])
-                piece.addmm_(inner[start:stop], bank_b[domain], alpha=scale)
-            if bias is not None:
-                piece.add_(bias[domain])
-        ctx.save_for_backward(rows, inner, bank_a, bank_b)
-        ctx.scale, ctx.spans, ctx.order, ctx.x_shape, ctx.has_bias = scale, spans, order, x.shape, bias is not None
-        ctx.mark_dirty(out)
-        return out if order is None else out.index_add_(0, order, target.view_as(out))
+        if out is None:
+            out = F.linear(x, cast(Tensor, weight), shared_bias)
+        else:
+            ctx.mark_dirty(out)
+        banks = Banks(bank_a, bank_b, bias, scale, sparse)
+        inner = correct_(out, x, banks, segments)
+        ctx.save_for_backward(x, weight, bank_a, bank_b, *inner)
+        ctx.scale, ctx.sparse, ctx.segments = scale, sparse, segments
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, bank_a, bank_b = ctx.saved_tensors
-        _, want_x, want_a, want_b, want_bias = ctx.needs_input_grad[:5]
-        flat = (grad if ctx.order is None else grad.index_select(0, ctx.order)).reshape(-1, grad.shape[-1])
-        grad_rows = torch.zeros_like(rows) if want_x else None
-        grad_a = torch.zeros_like(bank_a) if want_a else None
-        grad_b = torch.zeros_like(bank_b) if want_b else None
-        grad_bias = flat.new_zeros(bank_b.shape[0], flat.shape[1]) if ctx.has_bias and want_bias else None
-        for start, stop, domain in ctx.spans:
-            piece = flat[start:stop]
-            if grad_bias is not None:
-                torch.sum(piece, 0, out=grad_bias[domain])
-            if not bank_a.shape[2]:
-                continue
-            grad_inner = torch.mm(piece, bank_b[domain].t()).mul_(ctx.scale)  # (n, R)
-            if grad_b is not None:
-                torch.mm(inner[start:stop].t(), piece, out=grad_b[domain]).mul_(ctx.scale)
-            if grad_a is not None:
-                torch.mm(rows[start:stop].t(), grad_inner, out=grad_a[domain])
-            if grad_rows is not None:
-                torch.mm(grad_inner, bank_a[domain].t(), out=grad_rows[start:stop])
-        grad_x = None if grad_rows is None else _ungrouped(grad_rows, ctx.x_shape, ctx.order)
-        return grad, grad_x, grad_a, grad_b, grad_bias, None, None
+        x, weight, bank_a, bank_b, *inner = ctx.saved_tensors
+        _, want_x, want_weight, want_shared, *wanted = ctx.needs_input_grad[:7]
+        grad = grad.contiguous()
+        flat = grad.view(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_shared = None
+        if want_x:
+            grad_x = x.new_zeros(x.shape) if weight is None else torch.matmul(grad, weight)
+        if want_weight:
+            grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
+        if want_shared:
+            grad_shared = flat.sum(0)
+        banks = Banks(bank_a, bank_b, None, ctx.scale, ctx.sparse)
+        found = correct_backward_(grad, x, banks, ctx.segments, grad_x, wanted, inner)
+        return None if weight is not None else grad, grad_x, grad_weight, grad_shared, *found, None, None, None
+
+
+def correct_(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> list[Tensor]:
+    """Add corrections to ``out``; returns what the backward pass wants to know of each tile, ``x A_d``."""
+    inner, scratch = [], _Scratch(x)
+    for tile in segments.tiles:
+        piece = scratch.rows("x", x, tile)  # (n, in), or (G, n, in) for G domains of n rows each
+        hidden = piece @ scratch.own("a", banks.a, tile)  # (n, R)
+        shift = None if banks.bias is None else scratch.own("bias", banks.bias, tile)  # (out,) or (G, out)
+        _add_(out, tile, hidden, scratch.own("b", banks.b, tile), shift, banks.scale, scratch)
+        inner.append(hidden)
+    return inner
+
+
+def correct_backward_(
+    grad: Tensor,
+    x: Tensor,
+    banks: Banks,
+    segments: Segments,
+    grad_x: Tensor | None,
+    wanted: Sequence[bool],
+    inner: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Add to ``grad_x``, and return the gradients of ``A``, ``B`` and the bias as far as they are ``wanted``."""
+    shapes = (banks.a.shape, banks.b.shape, (banks.b.shape[0], banks.b.shape[2]))
+    gradients = [
+        _BankGradient(shape, segments, banks.sparse, banks.a) if want else None
+        for want, shape in zip(wanted, shapes, strict=True)
+    ]
+    scratch = _Scratch(grad)
+    for tile, hidden in zip(segments.tiles, inner, strict=True):
+        _tile_backward(tile, grad, x, hidden, banks, scratch, gradients, grad_x)
+    return tuple(None if gradient is None else gradient.whole() for gradient in gradients)
+
+
+def _tile_backward(
+    tile: Tile,
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor | None,
+    banks: Banks,
+    scratch: _Scratch,
+    gradients: Sequence[_BankGradient | None],
+    grad_x: Tensor | None,
+) -> None:
+    grad_a, grad_b, grad_bias = gradients
+    piece = scratch.rows("grad", grad, tile)  # (n, out), or (G, n, out)
+    if tile.pads is not None:
+        piece.view(-1, grad[0].numel()).index_fill_(0, tile.pads, 0.0)
+    if grad_bias is not None:
+        grad_bias.put(tile, piece.sum(-2))
+    if grad_b is not None:
+        if hidden is None:
+            hidden = scratch.rows("x", x, tile) @ scratch.own("a", banks.a, tile)
+        grad_b.put(tile, hidden.mT @ piece, banks.scale)
+    if grad_a is None and grad_x is None:
+        return
+    grad_hidden = piece @ scratch.own("b", banks.b, tile).mT  # (n, R)
+    if banks.scale != 1.0:
+        grad_hidden.mul_(banks.scale)
+    if grad_a is not None:
+        grad_a.put(tile, scratch.rows("x", x, tile).mT @ grad_hidden)
+    if grad_x is not None:
+        _add_(grad_x, tile, grad_hidden, scratch.own("a", banks.a, tile).mT, None, 1.0, scratch)
+
+
+class _BankGradient:
+    """The gradient of a bank, put together tile by tile."""
+
+    def __init__(self, shape: Sequence[int], segments: Segments, sparse: bool, bank: Tensor) -> None:
+        self.shape, self.segments, self.sparse = shape, segments, sparse
+        height = len(segments.spans) if sparse else shape[0]
+        every = height == len(segments.spans)
+        self.values = (bank.new_empty if every else bank.new_zeros)((height, *shape[1:]))
+
+    def put(self, tile: Tile, value: Tensor, scale: float = 1.0) -> None:
+        """``value`` is the gradient of a tile's domains."""
+        if scale != 1.0:
+            value = value.mul_(scale)
+        value = value.view(tile.size, *self.shape[1:]).to(self.values.dtype)
+        self.values.index_copy_(0, tile.places if self.sparse else tile.names, value)
+
+    def whole(self) -> Tensor:
+        """A tensor of the bank's shape."""
+        return _sparse(self.values, self.segments, self.shape) if self.sparse else self.values
+
+
+def _sparse(values: Tensor, segments: Segments, shape: Sequence[int]) -> Tensor:
+    index = segments.domains.unsqueeze(0)
+    return torch.sparse_coo_tensor(index, values, tuple(shape), is_coalesced=True, check_invariants=False)
+
+
+class _Scratch:
+    """Memory that one tile after the other writes over: fresh memory costs about as much as what is computed in it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised memory; what it held under this name is gone."""
+        size = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = self._like.new_empty(size)
+        return flat[:size].view(shape)
+
+    def own(self, name: str, bank: Tensor, tile: Tile) -> Tensor:
+        """What a bank holds for a tile: ``(...)``, or ``(G, ...)``; in the type that is computed in."""
+        if tile.size == 1:
+            own = bank[tile.first]
+        elif bank.dtype == self._like.dtype:
+            return torch.index_select(bank, 0, tile.names, out=self.take(name, tile.size, *bank.shape[1:]))
+        else:
+            own = bank.index_select(0, tile.names)
+        return own if own.dtype == self._like.dtype else own.to(self._like.dtype)
+
+    def rows(self, name: str, x: Tensor, tile: Tile) -> Tensor:
+        """A tile's rows of ``x (B, ..., width)``: ``(n, width)``, or ``(G, n, width)``; middle axes count as rows."""
+        if tile.rows is None:
+            piece = x[tile.start : tile.stop]
+        else:
+            piece = torch.index_select(x, 0, tile.rows, out=self.take(name, len(tile.rows), *x.shape[1:]))
+        if tile.size > 1:
+            return piece.view(tile.size, -1, x.shape[-1])
+        return piece if x.dim() == 2 else piece.reshape(-1, x.shape[-1])
+
+
+def _add_(
+    out: Tensor, tile: Tile, hidden: Tensor, b: Tensor, shift: Tensor | None, scale: float, scratch: _Scratch
+) -> None:
+    """``out + s hidden b + shift`` in a tile's rows; ``hidden (n, R)`` and ``b (R, out)``, or a batch of G such."""
+    one = hidden.dim() == 2
+    if shift is not None and not one:
+        shift = shift.unsqueeze(1)  # (G, 1, out)
+    if tile.rows is None:
+        target = out[tile.start : tile.stop].view(-1, out.shape[-1])
+        target.addmm_(hidden, b, alpha=scale)
+        if shift is not None:
+            target.add_(shift)
+        return
+    change = scratch.take("out", *hidden.shape[:-1], out.shape[-1])
+    if shift is not None:
+        (torch.addmm if one else torch.baddbmm)(shift, hidden, b, alpha=scale, out=change)
+    else:
+        torch.matmul(hidden, b, out=change)
+        if scale != 1.0:
+            change.mul_(scale)
+    change = change.view(-1, *out.shape[1:])
+    if tile.pads is not None:
+        change.index_fill_(0, tile.pads, 0.0)
+    out.index_add_(0, tile.rows, change)
 
 
 class _Merged(torch.autograd.Function):
@@ -159,10 +297,11 @@ class _Merged(torch.autograd.Function):
         bank_b: Tensor,
         bias: Tensor | None,
         scale: float,
+        sparse: bool,
         segments: Segments,
     ) -> Tensor:
-        rows, spans = _grouped(x, segments)
-        present = _present(spans, bank_a)
+        rows, spans = _sorted(x, segments)
+        present = None if len(spans) == bank_a.shape[0] else segments.domains
         a, b, shifts = (_rows_of(bank, present) for bank in (bank_a, bank_b, bias))  # (P, in, R), (P, R, out), (P, out)
         plain = weight.expand(len(spans), -1, -1)
         # (P, out, in), the layout of the base's weight: no copy here and none of its gradient later
@@ -171,41 +310,58 @@ class _Merged(torch.autograd.Function):
             shifts = shared_bias.expand(len(spans), -1) if shifts is None else shifts + shared_bias
         first = spans[0][0] if spans else rows.shape[0]
         sizes = [first, *(stop - start for start, stop, _ in spans)]  # rows of no domain, then of each domain
-        out = rows.new_empty(rows.shape[0], weight.shape[0])
+        whole = rows.new_empty(*x.shape[:-1], weight.shape[0])
+        out = whole.view(-1, weight.shape[0])  # what is returned must be no view: an in-place activation may follow
         pieces, targets = torch.split(rows, sizes), torch.split(out, sizes)
         if first:
             _linear(pieces[0], weight, shared_bias, targets[0])
         shift_of = [None] * len(spans) if shifts is None else shifts.unbind()
         for piece, own, shift, target in zip(pieces[1:], merged.unbind(), shift_of, targets[1:], strict=True):
             _linear(piece, own, shift, target)
-        ctx.save_for_backward(rows, weight, present, a, b, merged)
-        ctx.scale, ctx.sizes, ctx.order, ctx.x_shape = scale, sizes, segments.order, x.shape
+        ctx.save_for_backward(rows, weight, a, b, merged)
+        ctx.scale, ctx.sparse, ctx.sizes, ctx.segments, ctx.x_shape = scale, sparse, sizes, segments, x.shape
         ctx.num_domains = bank_a.shape[0]
-        return _ungrouped(out, torch.Size((*x.shape[:-1], weight.shape[0])), segments.order)
+        return whole if segments.order is None else _unsorted(out, whole.shape, segments.order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, present, a, b, merged = ctx.saved_tensors
+        rows, weight, a, b, merged = ctx.saved_tensors
         want_x, want_weight, want_shared, want_a, want_b, want_bias = ctx.needs_input_grad[:6]
-        flat = (grad if ctx.order is None else grad.index_select(0, ctx.order)).reshape(-1, grad.shape[-1])
+        order = ctx.segments.order
+        flat = (grad if order is None else grad.index_select(0, order)).reshape(-1, grad.shape[-1])
         inputs, pieces = torch.split(rows, ctx.sizes), torch.split(flat, ctx.sizes)
         grad_x = grad_weight = grad_shared = grad_a = grad_b = grad_bias = None
         if want_x:
             grad_rows = _products(pieces, (weight, *merged.unbind()), torch.empty_like(rows), ctx.sizes)
-            grad_x = _ungrouped(grad_rows, ctx.x_shape, ctx.order)
+            grad_x = _unsorted(grad_rows, ctx.x_shape, order)
         if want_weight or want_a or want_b:
             grad_own = torch.empty_like(merged, memory_format=torch.contiguous_format)  # (P, out, in)
             for input_, piece, target in zip(inputs[1:], pieces[1:], grad_own.unbind(), strict=True):
                 torch.mm(piece.t(), input_, out=target)
             grad_weight = grad_own.sum(0).addmm_(pieces[0].t(), inputs[0]) if want_weight else None
-            grad_a = _scattered(torch.bmm(grad_own.mT, b.mT), present, ctx) if want_a else None
-            grad_b = _scattered(torch.bmm(a.mT, grad_own.mT), present, ctx) if want_b else None
+            grad_a = _spread(torch.bmm(grad_own.mT, b.mT), ctx) if want_a else None
+            grad_b = _spread(torch.bmm(a.mT, grad_own.mT), ctx) if want_b else None
         if want_shared or want_bias:
             sums = torch.stack([piece.sum(0) for piece in pieces])  # (1 + P, out)
             grad_shared = sums.sum(0) if want_shared else None
-            grad_bias = _scattered(sums[1:], present, ctx, scaled=False) if want_bias else None
-        return grad_x, grad_weight, grad_shared, grad_a, grad_b, grad_bias, None, None
+            grad_bias = _spread(sums[1:], ctx, scaled=False) if want_bias else None
+        return grad_x, grad_weight, grad_shared, grad_a, grad_b, grad_bias, None, None, None
+
+
+def _sorted(x: Tensor, segments: Segments) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Rows of ``x`` in domain order without middle axes, ``(B * middle, in)``, and their spans."""
+    middle = math.prod(x.shape[1:-1])
+    if segments.order is not None:
+        x = x.index_select(0, segments.order)
+    spans = [(start * middle, stop * middle, domain) for start, stop, domain in segments.spans]
+    return x.reshape(-1, x.shape[-1]), spans
+
+
+def _unsorted(rows: Tensor, shape: torch.Size, order: Tensor | None) -> Tensor:
+    """Sorted rows back in the batch's own order and shape."""
+    x = rows.view(shape)
+    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
 
 
 def _products(pieces: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor, sizes: list[int]) -> Tensor:
@@ -216,24 +372,20 @@ def _products(pieces: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor, 
     return out
 
 
-def _present(spans: list[Span], bank: Tensor) -> Tensor | None:
-    """The domains in the batch, or None if they are all of the bank's."""
-    if len(spans) == bank.shape[0]:
-        return None
-    return torch.tensor([domain for *_, domain in spans], dtype=torch.int64, device=bank.device)
-
-
 def _rows_of(bank: Tensor | None, present: Tensor | None) -> Tensor | None:
     return bank if bank is None or present is None else bank.index_select(0, present)
 
 
-def _scattered(rows: Tensor, present: Tensor | None, ctx: Any, *, scaled: bool = True) -> Tensor:
-    """Gradients of the domains in the batch as rows of a bank's gradient, zero elsewhere."""
+def _spread(rows: Tensor, ctx: Any, *, scaled: bool = True) -> Tensor:
+    """Gradients of the domains in the batch as a gradient of the whole bank."""
     if scaled and ctx.scale != 1.0:
         rows = rows.mul_(ctx.scale)
-    if present is None:
+    shape = torch.Size((ctx.num_domains, *rows.shape[1:]))
+    if ctx.sparse:
+        return _sparse(rows, ctx.segments, shape)
+    if len(rows) == ctx.num_domains:
         return rows
-    return rows.new_zeros(ctx.num_domains, *rows.shape[1:]).index_copy_(0, present, rows)
+    return rows.new_zeros(shape).index_copy_(0, ctx.segments.domains, rows)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

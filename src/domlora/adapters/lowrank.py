@@ -1,76 +1,23 @@
-"""The computation: one bank of low-rank corrections for all domains beside an ``nn.Linear``.
+"""One bank of low-rank corrections for all domains beside an ``nn.Linear``.
 
 Rows are grouped by domain once a batch (:class:`DomainRoute`, shared by all layers); a layer then computes the corrections
-of only the domains that occur, one contiguous segment of rows each.
+of only the domains that occur.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from domlora.adapters.kernels import Segments, add_corrections, merged_linear, merging_pays
-from domlora.errors import ConfigError, UnknownDomainError
+from domlora.adapters.kernels import Banks, add_corrections, corrected_linear, merged_linear, merging_pays
+from domlora.adapters.route import DomainRoute, Segments, Ungrouped
+from domlora.adapters.traced import corrections
+from domlora.errors import ConfigError
 
-__all__ = ["DomainRoute", "LowRankLinear", "rank_for"]
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class DomainRoute:
-    """The cell through which the domain of each row reaches layers that are buried in a model.
-
-    A hook on the model's root fills it before the forward pass; every :class:`LowRankLinear` reads it. It belongs to one
-    model and is not for threads: serve with an exported program, or give each thread its own copy of the model.
-    """
-
-    def __init__(self, num_domains: int) -> None:
-        if num_domains < 1:
-            raise ConfigError("adapters need num_domains of at least 1", received=num_domains)
-        self.num_domains = num_domains
-        self.segments: Segments | None = None
-        self.enabled = True
-        self.options: Any = None  # what attach_ was told, for whoever stores the model
-        self.held = False  # filled by hand for the length of a with block
-        self.handles: tuple[RemovableHandle, ...] = ()
-
-    def fill(self, domain: Tensor) -> None:
-        """Group rows by domain.
-
-        **Shape**: ``domain (B,)`` integers in [-1, num_domains); -1 is a row of no domain, which gets no correction.
-
-        Raises:
-            UnknownDomainError: a number outside that range.
-        """
-        if not isinstance(domain, Tensor) or domain.dim() != 1 or domain.dtype not in _INTEGERS:
-            kind = f"{domain.dtype} of shape {tuple(domain.shape)}" if isinstance(domain, Tensor) else domain
-            raise ConfigError("the domain of each row must be a vector of integers", received=kind)
-        order = None
-        present, counts = _runs(domain)
-        if any(second <= first for first, second in pairwise(present)):
-            domain, order = torch.sort(domain, stable=True)
-            present, counts = _runs(domain)
-        spans, start = [], 0
-        for name, count in zip(present, counts, strict=True):
-            if not -1 <= name < self.num_domains:
-                raise UnknownDomainError(
-                    f"domains must be numbers from 0 to {self.num_domains - 1}, or -1 for none",
-                    received=name,
-                    next_step="Encode unknown domains as -1 to score them with the base",
-                )
-            if name >= 0:
-                spans.append((start, start + count, name))
-            start += count
-        self.segments = Segments(order, tuple(spans), start)
-
-    def clear(self) -> None:
-        """Forget the batch."""
-        self.segments = None
+__all__ = ["LowRankLinear", "rank_for"]
 
 
 def _is_plain(base: nn.Linear) -> bool:
@@ -82,14 +29,30 @@ def _in_one_type(x: Tensor, bank: Tensor) -> bool:
     return x.dtype == bank.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-def _runs(domain: Tensor) -> tuple[list[int], list[int]]:
-    """The domain and the length of each run of equal neighbours."""
-    present, counts = torch.unique_consecutive(domain, return_counts=True)
-    return present.tolist(), counts.tolist()
+class _Unread(Tensor):
+    """The weight of an adapted layer: whoever computes with it instead of calling the layer would miss the adapter.
+
+    Its type, shape and device may be asked. That it overrides torch's functions makes nn.TransformerEncoderLayer leave its
+    fast path, which reads weights.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKED:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            "an adapted layer must be called; this model computes with its weight instead",
+            next_step="Exclude the layer from attach_",
+        )
 
 
-class _ReadNotCalledError(ConfigError, AttributeError):
-    """Also an AttributeError, so that ``hasattr`` and the like go on working."""
+_ASKED = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta")
+    ),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size),
+}
 
 
 def rank_for(out_features: int, temperature: float) -> int:
@@ -115,7 +78,8 @@ class LowRankLinear(nn.Module):
     one domain's matrix, ``B`` and ``c`` are zero, so that a fresh adapter equals its base bit for bit.
 
     **Shape**: ``x (B, ..., in_features)`` to ``(B, ..., out_features)``; ``lora_A (D, in, R)``, ``lora_B (D, R, out)``,
-    ``lora_bias (D, out)``.
+    ``lora_bias (D, out)``. With ``sparse`` set to true the banks get sparse gradients that hold the domains of the batch
+    alone, for an optimizer that moves only those; a dense one costs as much as the bank is high.
 
     Args:
         base: the layer to correct; it is kept, not copied.
@@ -123,7 +87,7 @@ class LowRankLinear(nn.Module):
         rank: R; 0 leaves the bias alone.
         lora_alpha: the scale is ``s = lora_alpha / rank``; None for 1, as in MLoRA. Not the paper's alpha: that one is
             the temperature, see :func:`rank_for`.
-        bias: whether each domain has a bias of its own.
+        bias: whether each domain has a bias of its own; never where the base has none, so that merging keeps its keys.
 
     Raises:
         ConfigError: neither a rank nor a bias, or numbers out of range.
@@ -147,16 +111,18 @@ class LowRankLinear(nn.Module):
             raise ConfigError("an adapter needs a rank of at least 1, or 0 and a bias", received=(rank, bias))
         if lora_alpha is not None and not (lora_alpha > 0 and math.isfinite(lora_alpha)):
             raise ConfigError("lora_alpha must be a number above 0, or None for a scale of 1", received=lora_alpha)
-        num_domains = route.num_domains
+        bias = bias and base.bias is not None
+        if rank == 0 and not bias:
+            raise ConfigError("rank 0 leaves a bias alone, and this layer has none", received=str(base))
         self.base = base
         self.route = route
         self.rank = rank
         self.scale = 1.0 if lora_alpha is None or rank == 0 else lora_alpha / rank
-        like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(num_domains, base.in_features, rank, **like))
-        self.lora_B = nn.Parameter(torch.empty(num_domains, rank, base.out_features, **like))
-        self.lora_bias = nn.Parameter(torch.empty(num_domains, base.out_features, **like)) if bias else None
-        self.reset_adapter()
+        self.sparse = False
+        rows = self.fresh_rows(route.num_domains)
+        self.lora_A = nn.Parameter(rows["lora_A"])
+        self.lora_B = nn.Parameter(rows["lora_B"])
+        self.lora_bias = nn.Parameter(rows["lora_bias"]) if bias else None
 
     @property
     def in_features(self) -> int:
@@ -166,25 +132,38 @@ class LowRankLinear(nn.Module):
     def out_features(self) -> int:
         return int(self.base.out_features)
 
+    def fresh_rows(self, num_domains: int) -> dict[str, Tensor]:
+        """Banks of untrained adapters by name: ``A`` ~ N(0, 2 / (in + R)), ``B = 0``, ``c = 0``."""
+        weight = self.base.weight
+        std = math.sqrt(2.0 / (self.in_features + max(self.rank, 1)))
+        return {
+            "lora_A": weight.new_empty(num_domains, self.in_features, self.rank).normal_(std=std),
+            "lora_B": weight.new_zeros(num_domains, self.rank, self.out_features),
+            "lora_bias": weight.new_zeros(num_domains, self.out_features),
+        }
+
     def reset_adapter(self) -> None:
-        """``A`` ~ N(0, 2 / (in + R)), ``B = 0``, ``c = 0``."""
-        nn.init.normal_(self.lora_A, std=math.sqrt(2.0 / (self.in_features + max(self.rank, 1))))
-        nn.init.zeros_(self.lora_B)
-        if self.lora_bias is not None:
-            nn.init.zeros_(self.lora_bias)
+        """Forget what all domains have learned."""
+        with torch.no_grad():
+            for name, rows in self.fresh_rows(self.route.num_domains).items():
+                bank = getattr(self, name)
+                if bank is not None:
+                    bank.copy_(rows)
 
     def correction(self, domain: int) -> tuple[Tensor, Tensor | None]:
         """What one domain adds to the weight ``(out, in)`` and to the bias ``(out,)``, for merging."""
         weight = (self.lora_A[domain] @ self.lora_B[domain]).T * self.scale
         return weight, None if self.lora_bias is None else self.lora_bias[domain]
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":  # a module that reads it instead of calling the layer would never see the adapter
-            raise _ReadNotCalledError(
-                "an adapted layer must be called; this model reads its weight instead, as nn.MultiheadAttention does",
-                next_step="Exclude the layer from attach_, or turn the module's fast path off",
-            )
-        return super().__getattr__(name)
+    @property
+    def weight(self) -> Tensor:
+        """The base's, to be asked for its shape and type."""
+        return self.base.weight.detach().as_subclass(_Unread)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's, as :attr:`weight`."""
+        return None if self.base.bias is None else self.base.bias.detach().as_subclass(_Unread)
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base
@@ -192,23 +171,28 @@ class LowRankLinear(nn.Module):
             plain: Tensor = base(x)
             return plain
         segments = self._segments(x)
-        banks: tuple[Tensor, Tensor, Tensor | None] = (self.lora_A, self.lora_B, self.lora_bias)
-        owned = _is_plain(base)
-        # merging is for training alone: its products have fewer rows each, which moves the last bits
-        if self.training and owned and _in_one_type(x, banks[0]) and merging_pays(segments, x, base.out_features):
-            return merged_linear(x, base.weight, base.bias, *banks, self.scale, segments)
+        banks = Banks(self.lora_A, self.lora_B, self.lora_bias, self.scale, self.sparse)
+        if not isinstance(segments, Segments) or torch.compiler.is_compiling():
+            return self._traced(x, banks, segments.domain)
+        if _is_plain(base) and _in_one_type(x, banks.a):
+            # merging is for training alone: its products have fewer rows each, which moves the last bits
+            merges = self.training and merging_pays(segments, x, base.out_features)
+            return (merged_linear if merges else corrected_linear)(x, base.weight, base.bias, banks, segments)
         out: Tensor = base(x)
-        if not segments.spans:
-            return out
-        if not owned or out._is_view():  # somebody else may hold what would be changed in place
-            out = out.clone()
-        if out.dtype != banks[0].dtype or out.dtype != x.dtype:  # autocast: the type that the base computes in
-            bank_a, bank_b, bias = banks
-            banks = bank_a.to(out.dtype), bank_b.to(out.dtype), None if bias is None else bias.to(out.dtype)
-            x = x.to(out.dtype)
-        return add_corrections(out, x, *banks, self.scale, segments)
+        if not _is_plain(base) or out._is_view() or not out.is_contiguous():
+            out = out.clone(memory_format=torch.contiguous_format)  # somebody else may hold what would change in place
+        return add_corrections(out, x.to(out.dtype), banks, segments)  # autocast: the type that the base computes in
 
-    def _segments(self, x: Tensor) -> Segments:
+    def _traced(self, x: Tensor, banks: Banks, domain: Tensor) -> Tensor:
+        if banks.sparse and torch.is_grad_enabled():
+            raise ConfigError(
+                "a compiled model has dense bank gradients",
+                next_step="Train adapters by adam or adamw, or without torch.compile",
+            )
+        out: Tensor = self.base(x)
+        return out + corrections(x.to(out.dtype), banks, domain)
+
+    def _segments(self, x: Tensor) -> Segments | Ungrouped:
         segments = self.route.segments
         if segments is None:
             raise ConfigError(

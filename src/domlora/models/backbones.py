@@ -6,7 +6,8 @@ one global bias is in ``linear``, or in ``head`` where there is no ``linear``. D
 first-order term; features are crossed as embeddings, so a model of crosses wants two categorical features at least.
 
 **Args** of all: ``schema``; ``embedding_dim`` ``E``; ``hidden_units`` of the tower; ``dropout`` after each of its
-activations; ``init_std`` of the embeddings. ``x`` below is ``(B, F, E)``, the embedded features.
+activations; ``init_std`` of the embeddings; ``make_table``, what makes them. ``x`` below is ``(B, F, E)``, the embedded
+features.
 
 Structures follow DeepCTR 0.9.0 as the MLoRA authors call it. Intended differences from their code, in all nine: one
 ``init_std`` for models with and without adapters (theirs: 1e-4 and 1e-2, which hides most of NFM); dropout is alive in both;
@@ -34,7 +35,7 @@ from domlora.layers.interactions import (
     inner_products,
 )
 from domlora.layers.mlp import MLP as Tower  # noqa: N811 - a model has the name here
-from domlora.models.parts import first_order_of, head_of, join, require_pairs, scalar, table_of
+from domlora.models.parts import MakeTable, first_order_of, head_of, join, require_pairs, scalar, table_of
 
 __all__ = ["DCN", "MLP", "NFM", "PNN", "WDL", "AutoInt", "DeepFM", "FiBiNET", "XDeepFM"]
 
@@ -46,10 +47,17 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, schema: Schema, *, embedding_dim: int, hidden_units: Sequence[int], dropout: float, init_std: float = 0.01
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        init_std: float = 0.01,
+        make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features, bias=True)
 
@@ -65,10 +73,17 @@ class WDL(nn.Module):
     """
 
     def __init__(
-        self, schema: Schema, *, embedding_dim: int, hidden_units: Sequence[int], dropout: float, init_std: float = 0.01
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        init_std: float = 0.01,
+        make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
@@ -86,11 +101,18 @@ class NFM(nn.Module):
     """
 
     def __init__(
-        self, schema: Schema, *, embedding_dim: int, hidden_units: Sequence[int], dropout: float, init_std: float = 0.01
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        init_std: float = 0.01,
+        make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
         require_pairs(schema, "nfm")
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.tower = Tower(embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
@@ -116,6 +138,7 @@ class AutoInt(nn.Module):
         hidden_units: Sequence[int],
         dropout: float,
         init_std: float = 0.01,
+        make_table: MakeTable = table_of,
         num_layers: int = 3,
         num_heads: int = 4,
         head_dim: int = 8,
@@ -124,7 +147,7 @@ class AutoInt(nn.Module):
         super().__init__()
         require_pairs(schema, "autoint")
         widths = [embedding_dim, *(num_heads * head_dim for _ in range(num_layers))]
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.attention = nn.Sequential(*(InteractingLayer(w, num_heads, head_dim, scaling) for w in widths[:-1]))
         self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
@@ -145,11 +168,18 @@ class PNN(nn.Module):
     """
 
     def __init__(
-        self, schema: Schema, *, embedding_dim: int, hidden_units: Sequence[int], dropout: float, init_std: float = 0.01
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        init_std: float = 0.01,
+        make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
         num_pairs = require_pairs(schema, "pnn")
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.tower = Tower(schema.num_slots * embedding_dim + num_pairs + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features, bias=True)
 
@@ -176,11 +206,12 @@ class DCN(nn.Module):
         hidden_units: Sequence[int],
         dropout: float,
         init_std: float = 0.01,
+        make_table: MakeTable = table_of,
         cross_layers: int = 2,
     ) -> None:
         super().__init__()
         width = schema.num_slots * embedding_dim + schema.num_dense
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.cross = CrossNet(width, cross_layers)
         self.tower = Tower(width, hidden_units, dropout)
@@ -211,12 +242,13 @@ class FiBiNET(nn.Module):
         hidden_units: Sequence[int],
         dropout: float,
         init_std: float = 0.01,
+        make_table: MakeTable = table_of,
         reduction: int = 3,
         bilinear: BilinearKind = "interaction",
     ) -> None:
         super().__init__()
         num_pairs = require_pairs(schema, "fibinet")
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.senet = SENet(schema.num_slots, reduction)
         self.weighed_products = BilinearInteraction(schema.num_slots, embedding_dim, bilinear)
@@ -237,11 +269,18 @@ class DeepFM(nn.Module):
     """
 
     def __init__(
-        self, schema: Schema, *, embedding_dim: int, hidden_units: Sequence[int], dropout: float, init_std: float = 0.01
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        init_std: float = 0.01,
+        make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
         require_pairs(schema, "deepfm")
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
@@ -269,12 +308,13 @@ class XDeepFM(nn.Module):
         hidden_units: Sequence[int],
         dropout: float,
         init_std: float = 0.01,
+        make_table: MakeTable = table_of,
         cin_units: Sequence[int] = (128, 128),
         split_half: bool = True,
     ) -> None:
         super().__init__()
         require_pairs(schema, "xdeepfm")
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.cin = CIN(schema.num_slots, cin_units, split_half)
         self.cin_head = head_of(self.cin.out_features)

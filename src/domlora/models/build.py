@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from torch import nn
@@ -12,8 +13,9 @@ from domlora.errors import ConfigError, nearest
 from domlora.features.schema import Schema
 from domlora.models.backbones import DCN, MLP, NFM, PNN, WDL, AutoInt, DeepFM, FiBiNET, XDeepFM
 from domlora.models.multi_domain import STAR
+from domlora.models.parts import table_of
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "build_model", "stored_options"]
 
 MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
@@ -37,6 +39,9 @@ def build_model(
     embedding_dim: int = 8,
     hidden_units: Sequence[int] = (256, 128, 64),
     dropout: float = 0.5,
+    embedding_dims: Mapping[str, int] | None = None,
+    pretrained: Mapping[str, Any] | None = None,
+    freeze_pretrained: bool = True,
     **options: Any,
 ) -> nn.Module:
     """A fresh model for the rows of a schema.
@@ -50,6 +55,12 @@ def build_model(
         embedding_dim: numbers in a feature's vector; the MLoRA authors take 8 where embeddings are learned.
         hidden_units: width of each layer of the tower.
         dropout: probability to drop a unit of the tower, in [0, 1).
+        embedding_dims: widths of their own by feature, such as ``{"user": 32}``; a learned map without a bias takes those
+            vectors to ``embedding_dim``. Narrower for features of few values, or where memory counts.
+        pretrained: given vectors ``(num_ids, width)`` by feature, of any width, in the order of its ids: absent, unknown,
+            then its vocabulary. Their scale is kept; learned ones start with a standard deviation of ``init_std``.
+        freeze_pretrained: keep given vectors as they are, without gradients or states of an optimizer; otherwise they are
+            learned on.
         options: the model's own, see its class.
 
     Raises:
@@ -69,10 +80,33 @@ def build_model(
         raise ConfigError("no model has this name", received=name, next_step=nearest(str(name), MODELS))
     given = {"embedding_dim": embedding_dim, "hidden_units": hidden_units, "dropout": dropout, **options}
     known = dict(inspect.signature(MODELS[name], eval_str=True).parameters)
+    makes_tables = known.pop("make_table", None) is not None
     del known["schema"]
     for key in given.keys() - known.keys():
         raise ConfigError(f"model {name!r} has no such option", received=key, next_step=nearest(key, known))
-    return MODELS[name](schema, **{key: _checked(key, value, known[key].annotation) for key, value in given.items()})
+    checked = {key: _checked(key, value, known[key].annotation) for key, value in given.items()}
+    freeze = _checked("freeze_pretrained", freeze_pretrained, bool)
+    own, vectors = embedding_dims or {}, pretrained or {}
+    if own or vectors:
+        if not makes_tables:
+            raise ConfigError(
+                f"model {name!r} has no make_table, so its features have one width", received=[*own, *vectors]
+            )
+        checked["make_table"] = partial(table_of, embedding_dims=own, pretrained=vectors, freeze_pretrained=freeze)
+    return MODELS[name](schema, **checked)
+
+
+def stored_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of :func:`build_model` as JSON: of pretrained vectors the width alone, since a model's weights hold them.
+
+    >>> import torch
+    >>> stored_options({"name": "mlp", "pretrained": {"item": torch.zeros(5, 64)}})
+    {'name': 'mlp', 'pretrained': {'item': 64}}
+    """
+    if not options.get("pretrained"):
+        return dict(options)
+    widths = {name: v if isinstance(v, int) else len(v[0]) for name, v in options["pretrained"].items()}
+    return {**options, "pretrained": widths}
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from domlora.features.schema import Schema
 from domlora.layers.mlp import MLP
 from domlora.layers.partitioned_norm import PartitionedNorm
-from domlora.models.parts import head_of, join, scalar, table_of
+from domlora.models.parts import MakeTable, head_of, join, scalar, table_of
 
 __all__ = ["STAR", "DomainRows", "StarLinear"]
 
@@ -41,12 +41,19 @@ class STAR(nn.Module):
     """
 
     def __init__(
-        self, schema: Schema, *, embedding_dim: int, hidden_units: Sequence[int], dropout: float, init_std: float = 0.01
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        init_std: float = 0.01,
+        make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
         width = schema.num_slots * embedding_dim + schema.num_dense
         self.rows = DomainRows()
-        self.embedding = table_of(schema, embedding_dim, init_std)
+        self.embedding = make_table(schema, embedding_dim, init_std)
         self.norm = PartitionedNorm(width, schema.num_domains)
         layer = partial(StarLinear, num_domains=schema.num_domains, rows=self.rows)
         self.tower = MLP(width, hidden_units, dropout, linear=layer)

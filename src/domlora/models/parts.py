@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from domlora.errors import SchemaError
-from domlora.features.schema import Schema
-from domlora.layers.embedding import EmbeddingTable, FirstOrder
+from domlora.errors import ConfigError, SchemaError, nearest
+from domlora.features.schema import OOV_ID, PAD_ID, Feature, Schema
+from domlora.layers.embedding import EmbeddingTable, FirstOrder, MixedEmbedding
 
-__all__ = ["first_order_of", "head_of", "join", "require_pairs", "scalar", "table_of"]
+__all__ = ["MakeTable", "first_order_of", "head_of", "join", "require_pairs", "scalar", "table_of"]
+
+MakeTable = Callable[[Schema, int, float], nn.Module]
+"""Makes what turns ``ids (B, S)`` into ``(B, S, E)``, of a schema, ``E`` and ``init_std``."""
 
 
-def table_of(schema: Schema, embedding_dim: int, init_std: float) -> EmbeddingTable:
-    """The embeddings of a schema's categorical features."""
-    return EmbeddingTable([feature.num_ids for feature in schema.categorical], embedding_dim, init_std)
+def table_of(
+    schema: Schema,
+    embedding_dim: int,
+    init_std: float,
+    *,
+    embedding_dims: Mapping[str, int] | None = None,
+    pretrained: Mapping[str, Any] | None = None,
+    freeze_pretrained: bool = True,
+) -> nn.Module:
+    """The embeddings of a schema's categorical features: one fused table, unless widths differ or vectors are given.
+
+    Args:
+        embedding_dims: widths of their own by feature; a learned map takes such vectors to ``embedding_dim``.
+        pretrained: vectors ``(num_ids, width)`` by feature, in the order of its ids: absent, unknown, then its vocabulary.
+            Copied. A width alone stands for vectors that ``load_state_dict`` will bring; until then they are NaN.
+        freeze_pretrained: keep given vectors as they are.
+
+    Raises:
+        ConfigError: a name that is no categorical feature, or a width or vectors that do not fit it.
+    """
+    own, given, features = embedding_dims or {}, pretrained or {}, schema.categorical
+    for key, names in (("embedding_dims", own), ("pretrained", given)):
+        for name in names:
+            _check_feature(key, name, [feature.name for feature in features])
+    vectors = {slot: _vectors_of(f, given[f.name]) for slot, f in enumerate(features) if f.name in given}
+    widths = [
+        vectors[slot].shape[1] if slot in vectors else _width_of(f, own.get(f.name, embedding_dim))
+        for slot, f in enumerate(features)
+    ]
+    for name in own.keys() & given.keys():
+        raise ConfigError("pretrained vectors have their own width, so embedding_dims must leave it out", received=name)
+    num_ids = [feature.num_ids for feature in features]
+    if not vectors and all(width == embedding_dim for width in widths):
+        return EmbeddingTable(num_ids, embedding_dim, init_std)
+    return MixedEmbedding(num_ids, widths, embedding_dim, init_std, pretrained=vectors, freeze=freeze_pretrained)
 
 
 def first_order_of(schema: Schema) -> FirstOrder:
@@ -51,3 +89,33 @@ def require_pairs(schema: Schema, name: str) -> int:
             next_step="Take 'mlp', 'wdl', 'dcn' or 'star', or add a categorical feature",
         )
     return schema.num_slots * (schema.num_slots - 1) // 2
+
+
+def _check_feature(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"{key} must name categorical features", received=name, next_step=nearest(str(name), known))
+
+
+def _width_of(feature: Feature, width: Any) -> int:
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        rule = f"the width of feature {feature.name!r} must be a whole number of at least 1"
+        raise ConfigError(rule, received=width)
+    return width
+
+
+def _vectors_of(feature: Feature, given: Any) -> Tensor:
+    if isinstance(given, int):
+        return torch.full((feature.num_ids, _width_of(feature, given)), torch.nan)
+    try:
+        vectors = torch.as_tensor(given).to(torch.get_default_dtype(), copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError("pretrained vectors must be a tensor or an array", received=type(given).__name__) from None
+    if vectors.dim() != 2 or len(vectors) != feature.num_ids or not vectors.shape[1]:
+        raise ConfigError(
+            f"feature {feature.name!r} has {feature.num_ids} ids, so its vectors must be ({feature.num_ids}, width)",
+            received=tuple(vectors.shape),
+            next_step=f"Rows {PAD_ID} and {OOV_ID} are for an absent and an unknown value, the others for its vocabulary",
+        )
+    if not vectors.isfinite().all():
+        raise ConfigError(f"the vectors of feature {feature.name!r} must be finite", received="NaN or infinite numbers")
+    return vectors

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.bank import is_adapter_parameter
+from domlora.adapters.bank import adapter_layers, is_adapter_parameter
 from domlora.errors import ConfigError, nearest
 from domlora.layers.embedding import EmbeddingTable
+from domlora.training.rowwise import LazyAdam, RowWiseAdagrad
 
 __all__ = ["Optimizer", "OptimizerOptions", "Rule", "parameter_groups"]
 
-RuleName = Literal["adam", "adamw"]
+RuleName = Literal["adam", "adamw", "lazy_adam", "rowwise_adagrad"]
+
+DENSE_RULES, LAZY_RULES = ("adam", "adamw"), ("lazy_adam", "rowwise_adagrad")
+MANY_ROWS = 1_000_000
+
+_TABLES = (EmbeddingTable, nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How one group of parameters moves.
 
+    ``adam`` and ``adamw`` move every number in every step, as the papers do. ``lazy_adam`` and ``rowwise_adagrad`` move the
+    rows of the batch alone (:mod:`domlora.training.rowwise` says how they differ), so a step costs as much as the batch
+    has ids, however long a table or a bank of adapters is; they are for ``tables`` and ``adapters``. A DeepFM of 8 features
+    of 16 numbers took (batches of 4,096 rows with uniform ids, one thread) as long with ``adam`` as with ``lazy_adam`` at
+    1e4 values a feature, 1.7 times as long at 1e5 and 9 times as long at 1e6.
+
     Args:
         name: ``adam`` adds ``weight_decay * w`` to the gradient, which is an L2 penalty of half that weight in the loss
             and, on a table, draws the rows that a batch does not touch towards zero; ``adamw`` shrinks weights by
-            ``lr * weight_decay`` a step, whatever their gradient.
-        lr: learning rate.
+            ``lr * weight_decay`` a step, whatever their gradient; the lazy two do that to the rows of the batch alone.
+        lr: learning rate. ``rowwise_adagrad`` wants more than Adam, 0.01 to 0.1.
         weight_decay: see ``name``.
     """
 
@@ -54,13 +68,21 @@ class OptimizerOptions:
     dense: Rule = field(default_factory=Rule)
     adapters: Rule = field(default_factory=Rule)
 
+    def __post_init__(self) -> None:
+        if self.dense.name in LAZY_RULES:
+            raise ConfigError(
+                "every batch touches all of a dense layer, so its rule cannot be a lazy one",
+                received=self.dense.name,
+                next_step=f"Set dense.name to one of {', '.join(map(repr, DENSE_RULES))}",
+            )
+
 
 def parameter_groups(model: nn.Module, *, frozen: bool = False) -> dict[str, list[nn.Parameter]]:
     """The parameters that move, with ``frozen`` those that do not too, as ``tables``, ``dense`` and ``adapters``."""
     tables = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, EmbeddingTable | nn.Embedding | nn.EmbeddingBag)
+        if isinstance(module, _TABLES)
         for parameter in module.parameters(recurse=False)
     }
     groups: dict[str, list[nn.Parameter]] = {"tables": [], "dense": [], "adapters": []}
@@ -73,7 +95,9 @@ def parameter_groups(model: nn.Module, *, frozen: bool = False) -> dict[str, lis
 
 
 class Optimizer:
-    """One fused torch optimizer for each rule name, with a parameter group for each rule.
+    """One torch optimizer for each rule name, with a parameter group for each rule.
+
+    Under a lazy rule tables and adapted layers give sparse gradients from here on, under a dense one dense gradients.
 
     Args:
         model: its parameters that require a gradient when this is built are the ones that move.
@@ -85,8 +109,9 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
         rules = {"tables": options.tables, "dense": options.dense, "adapters": options.adapters}
+        parameters_of = parameter_groups(model)
         by_rule: dict[Rule, list[nn.Parameter]] = {}  # equal rules share a group: one fused call instead of three
-        for kind, parameters in parameter_groups(model).items():
+        for kind, parameters in parameters_of.items():
             if parameters:
                 by_rule.setdefault(rules[kind], []).extend(parameters)
         by_name: dict[str, list[dict[str, Any]]] = {}
@@ -95,9 +120,10 @@ class Optimizer:
             by_name.setdefault(rule.name, []).append(group)
         if not by_name:
             raise ConfigError("a model needs a parameter that moves", next_step="Call attach_ before freeze_")
-        classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        self._parts = {name: classes[name](groups, fused=True) for name, groups in by_name.items()}
+        self._parts = {name: _KINDS[name](groups) for name, groups in by_name.items()}
         self._lrs = [group["lr"] for group in self._groups()]
+        _set_sparse_(model, options)
+        _warn_of_many_rows(parameters_of["tables"], options.tables)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -132,3 +158,32 @@ class Optimizer:
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self._parts.values() for group in part.param_groups]
+
+
+_KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "lazy_adam": LazyAdam,
+    "rowwise_adagrad": RowWiseAdagrad,
+}
+
+
+def _set_sparse_(model: nn.Module, options: OptimizerOptions) -> None:
+    """Sparse gradients where a lazy rule reads them, dense ones elsewhere."""
+    lazy = options.tables.name in LAZY_RULES
+    for module in model.modules():
+        if isinstance(module, _TABLES):
+            # torch has no sparse gradient of a maximum; the lazy rules take the dense one
+            setattr(module, "sparse", lazy and getattr(module, "mode", "") != "max")  # noqa: B010 - of three types
+    for layer in adapter_layers(model).values():
+        layer.sparse = options.adapters.name in LAZY_RULES
+
+
+def _warn_of_many_rows(tables: list[nn.Parameter], rule: Rule) -> None:
+    num_rows = sum(len(table) for table in tables)
+    if num_rows > MANY_ROWS and rule.name in DENSE_RULES:
+        warnings.warn(
+            f"{rule.name!r} moves all {num_rows:,} rows of the tables in every step; 'lazy_adam' and 'rowwise_adagrad' move "
+            "those of the batch alone, with which a DeepFM of 8 million rows trained 9 times as fast. Set tables.name",
+            stacklevel=3,
+        )

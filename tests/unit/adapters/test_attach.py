@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import AdapterOptions, attach_, detach_, disabled, freeze_, merge_, routed
+from domlora.adapters.attach import AdapterOptions, attach_, detach_, freeze_, merge_
 from domlora.adapters.bank import (
     adapter_layers,
     adapter_parameters,
@@ -20,6 +20,7 @@ from domlora.adapters.bank import (
     rows_of,
 )
 from domlora.adapters.lowrank import LowRankLinear
+from domlora.adapters.root import disabled, routed
 from domlora.errors import BundleError, ConfigError, UnknownDomainError
 
 DOMAIN = torch.tensor([2, 0, 1, 0, -1])

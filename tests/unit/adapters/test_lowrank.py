@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from domlora.adapters.lowrank import DomainRoute, LowRankLinear, rank_for
+from domlora.adapters.lowrank import LowRankLinear, rank_for
+from domlora.adapters.route import DomainRoute
 from domlora.errors import ConfigError, UnknownDomainError
 
 

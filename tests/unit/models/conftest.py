@@ -51,8 +51,8 @@ def stir():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=g))
             if hasattr(model, "senet"):  # a bottleneck of one relu is dead for half of all starts
-                for weight in (model.embedding.weight, model.senet.squeeze.weight, model.senet.excite.weight):
-                    weight.abs_()
+                for parameter in (*model.embedding.parameters(), *model.senet.parameters()):
+                    parameter.abs_()
         return model
 
     return stir_

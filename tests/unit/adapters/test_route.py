@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from domlora.adapters.route import DomainRoute, Segments, grouped
+from domlora.errors import ConfigError, UnknownDomainError
+
+# spans
+
+
+@pytest.mark.parametrize("num_domains", [0, -1])
+def test_a_route_needs_domains(num_domains: int) -> None:
+    with pytest.raises(ConfigError, match="num_domains"):
+        DomainRoute(num_domains)
+
+
+@pytest.mark.parametrize("number", [3, -2, 10**9])
+def test_unknown_domains_are_named(number: int) -> None:
+    route = DomainRoute(3)
+    with pytest.raises(UnknownDomainError, match=rf"0 to 2.*Received: {number}"):
+        route.fill(torch.tensor([0, number, 1]))
+    assert route.segments is None
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [torch.tensor([[0], [1]]), torch.tensor(1), torch.tensor([0.0, 1.0]), torch.tensor([True, False]), None, [0, 1]],
+)
+def test_what_is_not_a_vector_of_integers_is_refused(domain: Any) -> None:
+    with pytest.raises(ConfigError, match="vector of integers"):
+        grouped(domain, 3)
+
+
+def test_sorted_rows_are_left_where_they_are() -> None:
+    segments = grouped(torch.tensor([-1, 0, 0, 3]), 4)
+    assert segments.order is None
+    assert segments.spans == ((1, 3, 0), (3, 4, 3))
+    assert segments.num_rows == 4
+    assert segments.domains.tolist() == [0, 3]
+
+
+def test_other_rows_are_sorted_and_equal_ones_keep_their_order() -> None:
+    segments = grouped(torch.tensor([3, 0, -1, 0]), 4)
+    assert segments.order is not None
+    assert segments.order.tolist() == [2, 1, 3, 0]
+    assert segments.spans == ((1, 3, 0), (3, 4, 3))
+
+
+@pytest.mark.parametrize("domain", [[], [-1, -1]], ids=str)
+def test_rows_of_no_domain_are_in_no_span(domain: list[int]) -> None:
+    segments = grouped(torch.tensor(domain, dtype=torch.int64), 2)
+    assert (segments.order, segments.spans, segments.num_rows) == (None, (), len(domain))
+    assert segments.tiles == ()
+    assert segments.domains.shape == (0,)
+
+
+@pytest.mark.parametrize("highest", [127, 32767, 32768, 70000])
+def test_high_numbers_are_sorted_right(highest: int) -> None:
+    """There are two ways to sort: numbers of 16 bits, and the rest."""
+    domain = torch.tensor([highest, 0, -1, highest - 1, highest, 5, -1])
+    segments = grouped(domain, highest + 1)
+    assert segments.order is not None
+    assert segments.order.tolist() == [2, 6, 1, 5, 3, 0, 4]
+    assert segments.domains.tolist() == [0, 5, highest - 1, highest]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("numbers", [[2, 0, 1, 2], [0, 1, 1, 2]], ids=str)
+def test_other_integer_types(dtype: torch.dtype, numbers: list[int]) -> None:
+    found, expected = grouped(torch.tensor(numbers, dtype=dtype), 3), grouped(torch.tensor(numbers), 3)
+    assert found.spans == expected.spans
+    assert found.domains.dtype == torch.int64
+    assert (found.order is None) == (expected.order is None)
+    assert found.order is None or expected.order is None or torch.equal(found.order, expected.order)
+
+
+def test_a_vector_with_strides_is_read_and_left_alone() -> None:
+    wide = torch.tensor([[2, 9], [0, 9], [1, 9]])
+    kept = wide.clone()
+    segments = grouped(wide[:, 0], 3)
+    assert segments.domains.tolist() == [0, 1, 2]
+    assert torch.equal(wide, kept)
+
+
+# tiles
+
+
+@st.composite
+def counts_of_rows(draw: st.DrawFn) -> list[int]:
+    """How many rows each domain of a batch has, in every regime that a tile can meet."""
+    regime = draw(st.sampled_from(["one", "few", "many", "even", "mixed"]))
+    if regime == "one":
+        return [draw(st.integers(1, 1500))]
+    if regime == "few":
+        return draw(st.lists(st.integers(100, 900), min_size=2, max_size=4))
+    if regime == "many":
+        return draw(st.lists(st.integers(1, 4), min_size=65, max_size=300))
+    if regime == "even":
+        return [draw(st.integers(1, 80))] * draw(st.integers(2, 150))
+    return draw(st.lists(st.integers(1, 200), min_size=1, max_size=60))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """The domain of each row and the height of the bank: gaps between numbers, rows of no domain, any order."""
+    counts = draw(counts_of_rows())
+    gap = draw(st.sampled_from([1, 2, 97]))
+    numbers = np.repeat(np.arange(len(counts)) * gap, counts)
+    domain = np.concatenate([np.full(draw(st.integers(0, 20)), -1), numbers])
+    if draw(st.booleans()):
+        np.random.default_rng(draw(st.integers(0, 1000))).shuffle(domain)
+    return torch.from_numpy(domain), len(counts) * gap + draw(st.integers(0, 3))
+
+
+def check_tiles(segments: Segments, domain: Tensor) -> None:
+    seen = torch.zeros(len(domain), dtype=torch.int64)
+    places = []
+    for tile in segments.tiles:
+        rows = torch.arange(tile.start, tile.stop) if tile.rows is None else tile.rows
+        assert tile.size == len(tile.names) == len(tile.places)
+        assert tile.first == tile.names[0]
+        assert torch.equal(segments.domains[tile.places], tile.names)
+        assert (domain[rows.view(tile.size, -1)] == tile.names[:, None]).all()
+        real = torch.ones(len(rows), dtype=torch.bool)
+        if tile.pads is not None:
+            assert 0 < len(tile.pads) == len(tile.pads.unique())
+            real[tile.pads] = False
+        assert real.view(tile.size, -1).any(1).all()
+        seen.index_add_(0, rows, real.long())
+        places.append(tile.places)
+    assert torch.equal(seen, (domain >= 0).long())  # each row that has a domain once, a row of none never
+    if places:
+        assert torch.equal(torch.cat(places).sort().values, torch.arange(len(segments.spans)))
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(batches())
+def test_every_row_is_in_one_tile_once(batch: tuple[Tensor, int]) -> None:
+    domain, num_domains = batch
+    segments = grouped(domain, num_domains)
+    check_tiles(segments, domain)
+    for tile in segments.tiles:
+        area = tile.stop - tile.start if tile.rows is None else len(tile.rows)
+        assert tile.size <= 64
+        assert tile.size == 1 or area <= 512
+        assert tile.pads is None or 8 * len(tile.pads) <= area
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(batches())
+def test_spans_are_what_counting_gives(batch: tuple[Tensor, int]) -> None:
+    domain, num_domains = batch
+    segments = grouped(domain, num_domains)
+    present, counts = (domain + 1).unique(return_counts=True)
+    expected = {int(d) - 1: int(n) for d, n in zip(present, counts, strict=True) if d}
+    assert {d: stop - start for start, stop, d in segments.spans} == expected
+    assert segments.domains.tolist() == sorted(expected)
+    rows = domain if segments.order is None else domain[segments.order]
+    assert torch.equal(rows, domain.sort().values)
+    assert segments.order is None or torch.equal(segments.order, domain.sort(stable=True).indices)
+    ends = [int((domain < 0).sum()), *(stop for _, stop, _ in segments.spans)]
+    assert [start for start, *_ in segments.spans] == ends[:-1]
+    assert ends[-1] == segments.num_rows == len(domain)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_small_domains_share_tiles_and_large_ones_do_not(shuffled: bool) -> None:
+    """What tiles are for: a product for each of many small domains would cost its call and compute next to nothing."""
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(0)) if shuffled else torch.arange(4096)
+    small, large = grouped((torch.arange(4096) // 4)[order], 1024), grouped((torch.arange(4096) // 1024)[order], 4)
+    assert [tile.size for tile in large.tiles] == [1] * 4
+    assert len(small.tiles) == 16
+    assert (large.tiles[0].rows is None) == (not shuffled)
+
+
+def test_the_tiles_of_an_accelerator_are_few() -> None:
+    """It wants many domains in one product rather than what fits a core's cache; meta tensors have sizes and no values."""
+    domain = torch.arange(4096) // 8
+    here, there = grouped(domain, 512), grouped(domain, 512)
+    there.device = torch.device("meta")
+    assert [tile.size for tile in here.tiles] == [64] * 8
+    assert [tile.size for tile in there.tiles] == [512]
+
+
+# the cell
+
+
+def test_filling_and_forgetting() -> None:
+    route = DomainRoute(3)
+    assert route.segments is None
+    route.fill(torch.tensor([0, 2]))
+    assert route.segments is not None
+    assert route.segments.spans == ((0, 1, 0), (1, 2, 2))
+    route.clear()
+    assert route.segments is None
+
+
+def test_each_thread_has_its_own_batch() -> None:
+    route = DomainRoute(3)
+    route.fill(torch.tensor([1]))
+    route.enabled, route.held = False, True
+    seen: list[Any] = []
+
+    def other() -> None:
+        seen.extend([route.segments, route.enabled, route.held])
+        route.fill(torch.tensor([0, 0]))
+        route.enabled, route.held = True, False
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [None, True, False]
+    assert route.segments is not None
+    assert (route.segments.num_rows, route.enabled, route.held) == (1, False, True)
+
+
+def test_a_copy_has_the_cell_and_not_the_batch() -> None:
+    route = DomainRoute(3)
+    route.options, route.read = {"rank": 2}, grouped
+    route.fill(torch.tensor([1]))
+    route.enabled, route.held = False, True
+    other = copy.deepcopy(route)
+    assert (other.num_domains, other.options, other.read) == (3, {"rank": 2}, grouped)
+    assert (other.segments, other.enabled, other.held) == (None, True, False)
+    other.fill(torch.tensor([0, 0]))
+    assert route.segments is not None
+    assert route.segments.num_rows == 1
