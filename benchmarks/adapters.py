@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from arms import BASELINES, Forward, Rows, Tower, adapted_tower, gather, ours, peft_tower
+from checks import require_equal, require_equal_gradients
 from page import Section, Target, show, with_threads, write
 from rounds import Ratio, Timings, interleave
 from torch import Tensor, nn
@@ -37,7 +38,6 @@ WIDTH = 384
 POOL = 4  # batches that an arm takes in turn, so that nothing can be remembered from one call to the next
 PRESENT = 30  # domains in a batch of the large bank
 LR = 1e-6  # so small that no unit dies while the clock runs; a step costs the same
-TOLERANCE = 1e-5
 OTHERS = ("PEFT", "gather", "mask", "loop")
 FORWARD_TARGETS = {10: 1.6, 100: 2.0, 1000: 3.0}
 PEFT_TARGETS = {10: 3.0, 300: 10.0}
@@ -125,12 +125,6 @@ def milliseconds(timings: Timings, decimals: int = 2) -> list[str]:
     return [f"{1e3 * timings.median(name):.{decimals}f}" for name in ("base", "domlora")]
 
 
-def require_equal(name: str, what: str, found: Tensor, expected: Tensor) -> None:
-    gap = float((found - expected).abs().max() / expected.abs().max())
-    if not gap <= TOLERANCE:
-        raise SystemExit(f"{name} gives other {what}: {gap:.1e} of the largest")
-
-
 # ---- scoring
 
 
@@ -206,7 +200,8 @@ def shapes_section(plan: Plan) -> Section:
     others, rows = ("PEFT", "gather", "loop"), []
     for size, number, present in ((256, 10, 10), (256, 100, 100), (1, 100, 1), (plan.batch, 100, 1)):
         batches = pool(size, number, present=present)
-        forwards, _ = forwards_of(adapted_tower(number), batches[0], others)
+        joining = [name for name in others if number <= plan.most[name]]
+        forwards, _ = forwards_of(adapted_tower(number), batches[0], joining)
         timings = plan.run(forwards, batches, share=0.5)
         ratios = [*cells(timings, "base", ["domlora"]), *cells(timings, "domlora", others)]
         rows.append([f"{size:,}", f"{number}", f"{present}", *milliseconds(timings, 3), *ratios])
@@ -240,22 +235,6 @@ def training(forward: Forward, optimizer: Optimizer | torch.optim.Optimizer, inp
         optimizer.step()
 
     return step
-
-
-def require_equal_gradients(model: Tower, rows: Rows, names: Sequence[str]) -> None:
-    expected = gradients(model, gather(model), rows)
-    for name in names:
-        forward = ours(model) if name == "domlora" else BASELINES[name](model)
-        for parameter, found in gradients(model, forward, rows).items():
-            require_equal(f"{name}, {parameter}", "gradients", found, expected[parameter])
-
-
-def gradients(model: Tower, forward: Forward, rows: Rows) -> dict[str, Tensor]:
-    model.zero_grad()
-    forward(rows).square().mean().backward()
-    found = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def own_steps(model: Tower, rules: OptimizerOptions) -> dict[str, Step]:

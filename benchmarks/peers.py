@@ -52,22 +52,25 @@ Make = Callable[[nn.Module, Schema], Trained]
 class Plan:
     """How much is run.
 
-    ``seconds`` an interleaving of at least ``rounds``; ``batch`` rows; ``steps`` an epoch of the peers' own loops and of
-    ours, by values a feature; ``seeds`` of quality, each for ``quality_steps`` rounded up to whole epochs.
+    ``seconds`` an interleaving of at least ``rounds``, or ``large_rounds`` where tables are large; ``batch`` rows; ``steps``
+    an epoch of the slow arms' own loops and of the fast ones', by values a feature; arms ``beside`` the peers and the
+    reference where tables are large; ``seeds`` of quality, each for ``quality_steps`` rounded up to whole epochs.
     """
 
     seconds: float
     rounds: int
+    large_rounds: int
     batch: int
     steps: Mapping[int, tuple[int, int]]
+    beside: Sequence[str]
     seeds: Sequence[int]
     quality_steps: int
 
 
 PLANS = {
-    "full": Plan(20.0, 5, 4096, {10**4: (25, 50), 10**6: (3, 60)}, (1, 2, 3), 200),
-    "quick": Plan(2.0, 3, 4096, {10**4: (8, 16), 10**6: (1, 15)}, (1, 2, 3), 25),
-    "smoke": Plan(0.0, 2, 64, {100: (2, 2)}, (1, 2, 3), 1),
+    "full": Plan(20.0, 7, 4, 4096, {10**4: (25, 50), 10**6: (3, 100)}, (DENSE, ADAPTED), (1, 2, 3), 200),
+    "quick": Plan(2.0, 3, 1, 4096, {10**4: (8, 16), 10**6: (1, 60)}, (), (1, 2, 3), 19),
+    "smoke": Plan(0.0, 2, 1, 64, {100: (2, 2)}, (), (1, 2, 3), 1),
 }
 
 
@@ -129,21 +132,22 @@ class Speed:
         features = tuple(Feature(f"f{number}", num_ids=num_values) for number in range(FIELDS))
         self.schema = Schema(features, domains=tuple(f"d{number}" for number in range(DOMAINS)))
         self.plan, self.folder, self.start = plan, folder, deepfm(self.schema)
-        self.rows, self.own_rows = (
+        self.rows, self.fast_rows = (
             dataset(self.schema, num_values, plan.batch * steps) for steps in plan.steps[num_values]
         )
         batches = dataset(self.schema, num_values, plan.batch * POOL).batches("train", plan.batch)
         self.pool = list(islice(batches, POOL))
+        self.fast = (LAZY, ADAPTED) if num_values >= LARGE else (DENSE, LAZY, ADAPTED)
 
     def made(self, makes: Mapping[str, Make]) -> dict[str, Trained]:
         return {name: make(self.start, self.schema) for name, make in makes.items()}
 
-    def both(self, models: Mapping[str, Trained], seconds: float) -> tuple[Timings, Timings]:
+    def both(self, models: Mapping[str, Trained], seconds: float, rounds: int) -> tuple[Timings, Timings]:
         """Seconds a row: in the own loops, and of the steps alone."""
         steps = {name: self.step_of(model) for name, model in models.items()}
-        alone = interleave(steps, seconds, self.plan.rounds)
-        loops = {name: partial(self.loop, model, is_ours(name)) for name, model in models.items()}
-        own = take_turns(loops, seconds, self.plan.rounds)
+        alone = interleave(steps, seconds, rounds)
+        loops = {name: partial(self.loop, model, name in self.fast) for name, model in models.items()}
+        own = take_turns(loops, seconds, rounds)
         per_row = {name: [each / self.plan.batch for each in values] for name, values in alone.seconds.items()}
         return own, Timings(per_row)
 
@@ -151,8 +155,8 @@ class Speed:
         source = cycle([model.ready(batch) for batch in self.pool])
         return lambda: model.step(next(source))
 
-    def loop(self, model: Trained, ours: bool) -> float:
-        data = self.own_rows if ours else self.rows
+    def loop(self, model: Trained, fast: bool) -> float:
+        data = self.fast_rows if fast else self.rows
         return model.epoch(data, self.plan.batch, self.folder) / data.num_rows("train")
 
 
@@ -165,11 +169,11 @@ def speed_section(plan: Plan, num_values: int) -> Section:
         if num_values < LARGE:
             rest = speed.made(makes)
             require_same_function(makers(), speed.schema, speed.pool[0])
-            timed = [speed.both({**first, **rest}, plan.seconds)]
+            timed = [speed.both({**first, **rest}, plan.seconds, plan.rounds)]
         else:
-            timed = [
-                speed.both({**first, **speed.made({name: make})}, plan.seconds / 4) for name, make in makes.items()
-            ]
+            others = {name: make for name, make in makes.items() if name in plan.beside or not is_ours(name)}
+            pairs = ({**first, **speed.made({name: make})} for name, make in others.items())
+            timed = [speed.both(pair, plan.seconds / 4, plan.large_rounds) for pair in pairs]
     return speed_table(plan, num_values, reference, timed)
 
 
@@ -186,8 +190,8 @@ def speed_table(plan: Plan, num_values: int, reference: str, timed: Sequence[tup
         f"Rows a second in batches of {plan.batch:,} over {FIELDS} features of {num_values:,} values, and how many times as "
         f"long as *{reference}* each takes for a row. *Own loop*: `fit` of DeepCTR-Torch, `CTRTrainer` of torch-rechub, "
         "`train_epoch` of FuxiCTR and `fit` of domlora, each with its own loader, without validation. *Step*: forward, "
-        "loss, backward and optimizer on tensors that are ready. *Adapters*: for each of "
-        f"{DOMAINS} domains. Median [10th, 90th percentile]."
+        "loss, backward and optimizer on tensors that are ready. `fit` of domlora makes its optimizer anew each time and is "
+        f"charged for it, the others keep theirs. *Adapters*: for each of {DOMAINS} domains. Median [10th, 90th percentile]."
     )
     columns = ["", "own loop, rows/s", "its time", "step, rows/s", "its time"]
     targets = speed_targets(num_values, reference, ratios)

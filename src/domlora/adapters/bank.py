@@ -110,9 +110,9 @@ def add_domain_(model: nn.Module, like: int | None = None) -> int:
     layers = {id(layer): layer for layer in adapter_layers(model).values()}.values()
     for layer in layers:
         fresh = layer.fresh_rows(1)
-        for name, row in fresh.items():
-            bank = getattr(layer, name)
-            _set_bank(layer, name, torch.cat([bank.detach(), row if like is None else bank.detach()[like : like + 1]]))
+        for name in _banks_of(layer):
+            bank = getattr(layer, name).detach()
+            _set_bank(layer, name, torch.cat([bank, fresh[name] if like is None else bank[like : like + 1]]))
     route = next(iter(layers)).route
     route.num_domains += 1
     return route.num_domains - 1

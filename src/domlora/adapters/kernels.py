@@ -9,7 +9,8 @@ domains that occur in the batch, and give banks gradients of only those rows if 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -104,7 +105,9 @@ class _Corrections(torch.autograd.Function):
         segments: Segments,
     ) -> Tensor:
         if out is None:
-            out = F.linear(x, cast(Tensor, weight), shared_bias)
+            out = F.linear(x, cast(Tensor, weight), shared_bias).contiguous()
+            if out._is_view():  # with middle axes; what is returned must be no view: an in-place activation may follow
+                out = torch.ops.aten._unsafe_view(out, out.shape)
         else:
             ctx.mark_dirty(out)
         banks = Banks(bank_a, bank_b, bias, scale, sparse)
@@ -135,12 +138,13 @@ class _Corrections(torch.autograd.Function):
 def correct_(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> list[Tensor]:
     """Add corrections to ``out``; returns what the backward pass wants to know of each tile, ``x A_d``."""
     inner, scratch = [], _Scratch(x)
-    for tile in segments.tiles:
-        piece = scratch.rows("x", x, tile)  # (n, in), or (G, n, in) for G domains of n rows each
-        hidden = piece @ scratch.own("a", banks.a, tile)  # (n, R)
-        shift = None if banks.bias is None else scratch.own("bias", banks.bias, tile)  # (out,) or (G, out)
-        _add_(out, tile, hidden, scratch.own("b", banks.b, tile), shift, banks.scale, scratch)
-        inner.append(hidden)
+    with _one_thread(x.device):
+        for tile in segments.tiles if x.numel() else ():
+            piece = scratch.rows("x", x, tile)  # (n, in), or (G, n, in) for G domains of n rows each
+            hidden = piece @ scratch.own("a", banks.a, tile)  # (n, R)
+            shift = None if banks.bias is None else scratch.own("bias", banks.bias, tile)  # (out,) or (G, out)
+            _add_(out, tile, hidden, scratch.own("b", banks.b, tile), shift, banks.scale, scratch)
+            inner.append(hidden)
     return inner
 
 
@@ -160,8 +164,9 @@ def correct_backward_(
         for want, shape in zip(wanted, shapes, strict=True)
     ]
     scratch = _Scratch(grad)
-    for tile, hidden in zip(segments.tiles, inner, strict=True):
-        _tile_backward(tile, grad, x, hidden, banks, scratch, gradients, grad_x)
+    with _one_thread(x.device):
+        for tile, hidden in zip(segments.tiles if x.numel() else (), inner, strict=True):
+            _tile_backward(tile, grad, x, hidden, banks, scratch, gradients, grad_x)
     return tuple(None if gradient is None else gradient.whole() for gradient in gradients)
 
 
@@ -201,9 +206,7 @@ class _BankGradient:
 
     def __init__(self, shape: Sequence[int], segments: Segments, sparse: bool, bank: Tensor) -> None:
         self.shape, self.segments, self.sparse = shape, segments, sparse
-        height = len(segments.spans) if sparse else shape[0]
-        every = height == len(segments.spans)
-        self.values = (bank.new_empty if every else bank.new_zeros)((height, *shape[1:]))
+        self.values = bank.new_zeros((len(segments.spans) if sparse else shape[0], *shape[1:]))
 
     def put(self, tile: Tile, value: Tensor, scale: float = 1.0) -> None:
         """``value`` is the gradient of a tile's domains."""
@@ -220,6 +223,20 @@ class _BankGradient:
 def _sparse(values: Tensor, segments: Segments, shape: Sequence[int]) -> Tensor:
     index = segments.domains.unsqueeze(0)
     return torch.sparse_coo_tensor(index, values, tuple(shape), is_coalesced=True, check_invariants=False)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """A tile's products are so short that to wake a second thread for each of them costs several times their work."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Scratch:
@@ -262,8 +279,7 @@ def _add_(
     out: Tensor, tile: Tile, hidden: Tensor, b: Tensor, shift: Tensor | None, scale: float, scratch: _Scratch
 ) -> None:
     """``out + s hidden b + shift`` in a tile's rows; ``hidden (n, R)`` and ``b (R, out)``, or a batch of G such."""
-    one = hidden.dim() == 2
-    if shift is not None and not one:
+    if shift is not None and hidden.dim() > 2:
         shift = shift.unsqueeze(1)  # (G, 1, out)
     if tile.rows is None:
         target = out[tile.start : tile.stop].view(-1, out.shape[-1])
@@ -271,13 +287,11 @@ def _add_(
         if shift is not None:
             target.add_(shift)
         return
-    change = scratch.take("out", *hidden.shape[:-1], out.shape[-1])
+    change = torch.matmul(hidden, b, out=scratch.take("out", *hidden.shape[:-1], out.shape[-1]))
+    if scale != 1.0:
+        change.mul_(scale)
     if shift is not None:
-        (torch.addmm if one else torch.baddbmm)(shift, hidden, b, alpha=scale, out=change)
-    else:
-        torch.matmul(hidden, b, out=change)
-        if scale != 1.0:
-            change.mul_(scale)
+        change.add_(shift)
     change = change.view(-1, *out.shape[1:])
     if tile.pads is not None:
         change.index_fill_(0, tile.pads, 0.0)

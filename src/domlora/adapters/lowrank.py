@@ -22,7 +22,8 @@ __all__ = ["LowRankLinear", "rank_for"]
 
 def _is_plain(base: nn.Linear) -> bool:
     """Whether a layer is ``x W + b`` and nobody watches it."""
-    return type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return type(base) is nn.Linear and not any(hooks) and "forward" not in base.__dict__
 
 
 def _in_one_type(x: Tensor, bank: Tensor) -> bool:

@@ -70,39 +70,39 @@ class Segments:
         counts = spans[:, 1] - spans[:, 0]
         limits = (_TILE_ROWS, _TILE_DOMAINS) if self.device.type == "cpu" else (2 * self.num_rows, self.num_rows)
         sizes = _sizes(counts.tolist(), *limits)
-        starts = np.cumsum(sizes) - sizes
-        if self.order is None and len(sizes) == len(spans):
-            rows: Sequence[Tensor | None] = [None] * len(sizes)
-            pads: Sequence[Tensor | None] = rows
-        else:
-            rows, pads = self._rows(spans[:, 0], counts, sizes, counts[starts])
+        firsts = np.cumsum(sizes) - sizes
         names, split_places = (torch.split(self._tensor(values), sizes) for values in (spans[:, 2].copy(), places))
-        alone = self.order is None
-        return tuple(
-            Tile(size, first, own, among, start, stop, *((None, None) if size == 1 and alone else fill))
-            for size, (start, stop, first), own, among, *fill in zip(
-                sizes, spans[starts].tolist(), names, split_places, rows, pads, strict=True
-            )
-        )
+        shared = iter(self._rows(spans, counts, sizes, counts[firsts]))
+        tiles = []
+        for size, (start, stop, first), own, among in zip(
+            sizes, spans[firsts].tolist(), names, split_places, strict=True
+        ):
+            alone = None if self.order is None else self.order[start:stop]
+            rows, pads = next(shared) if size > 1 else (alone, None)
+            tiles.append(Tile(size, first, own, among, start, stop, rows, pads))
+        return tuple(tiles)
 
     def _rows(
-        self, starts: NDArray[Any], counts: NDArray[Any], sizes: list[int], heights: NDArray[Any]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-        """For each tile the batch's row numbers, and where they only fill up."""
-        high = np.repeat(heights, sizes)  # for each domain the rows that its tile gives it
+        self, spans: NDArray[Any], counts: NDArray[Any], sizes: list[int], heights: NDArray[Any]
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """For each tile of several domains the batch's row numbers, and where they only fill up."""
+        several = np.array(sizes) > 1
+        if not several.any():
+            return []
+        inside = np.repeat(several, sizes)
+        starts, counts, widths, heights = spans[inside, 0], counts[inside], np.array(sizes)[several], heights[several]
+        high = np.repeat(heights, widths)  # for each domain the rows that its tile gives it
         step = np.arange(high.sum()) - np.repeat(np.cumsum(high) - high, high)
         last = np.repeat(counts - 1, high)
         rows = self._tensor(np.repeat(starts, high) + np.minimum(step, last))
         if self.order is not None:
             rows = self.order.index_select(0, rows)
-        totals = heights * sizes
-        pads: list[Tensor | None] = [None] * len(sizes)
-        filled = np.flatnonzero(step > last)
-        ends = np.cumsum(totals)
-        for tile in np.unique(np.searchsorted(ends, filled, side="right")).tolist():
-            start = ends[tile] - totals[tile]
-            pads[tile] = self._tensor(filled[(filled >= start) & (filled < ends[tile])] - start)
-        return torch.split(rows, totals.tolist()), pads
+        totals = heights * widths
+        pads = [np.flatnonzero(fills) for fills in np.split(step > last, np.cumsum(totals)[:-1])]
+        return [
+            (part, self._tensor(fill) if len(fill) else None)
+            for part, fill in zip(torch.split(rows, totals.tolist()), pads, strict=True)
+        ]
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)

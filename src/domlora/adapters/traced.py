@@ -44,7 +44,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     segments = _segments(domain, bank_a.shape[0])
     grad_x = x.new_zeros(x.shape)
-    banks, inner = Banks(bank_a, bank_b, None, scale), [None] * len(segments.tiles)
+    banks = Banks(bank_a, bank_b, None, scale)
+    inner = [None] * (len(segments.tiles) if x.numel() else 0)
     found = correct_backward_(grad.contiguous(), x, banks, segments, grad_x, (True, True, True), inner)
     return grad_x, *(bank for bank in found if bank is not None)  # type: ignore[return-value]
 

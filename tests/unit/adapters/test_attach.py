@@ -10,18 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import AdapterOptions, attach_, detach_, freeze_, merge_
-from domlora.adapters.bank import (
-    adapter_layers,
-    adapter_parameters,
-    base_state,
-    is_adapter_parameter,
-    load_rows_,
-    rows_of,
-)
+from domlora.adapters.attach import AdapterOptions, attach_, detach_, freeze_, merge_, options_of
+from domlora.adapters.bank import adapter_layers, adapter_parameters, base_state, is_adapter_parameter
 from domlora.adapters.lowrank import LowRankLinear
 from domlora.adapters.root import disabled, routed
-from domlora.errors import BundleError, ConfigError, UnknownDomainError
+from domlora.errors import ConfigError, UnknownDomainError
 
 DOMAIN = torch.tensor([2, 0, 1, 0, -1])
 
@@ -148,75 +141,36 @@ def test_options_are_what_attach_takes() -> None:
     assert list(adapter_layers(model)) == ["tower.0", "tower.2"]
 
 
+def test_options_can_be_asked_for() -> None:
+    model = attach_(net(), 3, temperature=8, include=["tower.*"], exclude=["*.2"])
+    assert options_of(model) == AdapterOptions(8, None, None, True, ("tower.*",), ("*.2",))
+    assert options_of(copy.deepcopy(model)) == options_of(model)
+    assert options_of(detach_(model)) is None
+
+
 def test_it_returns_the_same_model() -> None:
     model = net()
     assert attach_(model, 3) is model
     assert freeze_(model) is model
     assert detach_(model) is model
+    assert merge_(attach_(model, 3), 0) is model
 
 
-# where domains come from
-
-
-def test_a_fresh_adapter_changes_no_bit(x: Tensor) -> None:
+def test_rank_zero_is_a_bias_where_there_is_one(x: Tensor) -> None:
     model = net().eval()
     expected = model(x, DOMAIN)
-    assert torch.equal(attach_(model, 3)(x, DOMAIN), expected)
+    layers = adapter_layers(attach_(model, 3, rank=0))
+    assert list(layers) == ["tower.0", "tower.2", "head"]
+    assert {layer.lora_A.numel() for layer in layers.values()} == {0}
+    assert torch.equal(model(x, DOMAIN), expected)
+    with pytest.raises(ConfigError, match="must leave a linear layer"):
+        attach_(net(), 3, rank=0, include=["query"])
 
 
-def test_a_mixed_batch_is_its_rows(adapted: nn.Module, x: Tensor) -> None:
-    mixed = adapted(x, DOMAIN)
-    alone = torch.cat([adapted(x[row : row + 1], DOMAIN[row : row + 1]) for row in range(5)])
-    assert (mixed - alone).abs().max() <= 1e-6
-    assert (mixed - detach_(adapted)(x, DOMAIN)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("call", ["positional", "keyword", "all keywords"])
-def test_the_argument_is_found_however_it_is_given(adapted: nn.Module, x: Tensor, call: str) -> None:
-    expected = adapted(x, DOMAIN)
-    given = {
-        "positional": lambda: adapted(x, DOMAIN),
-        "keyword": lambda: adapted(x, domain=DOMAIN),
-        "all keywords": lambda: adapted(domain=DOMAIN, x=x),
-    }[call]()
-    assert torch.equal(given, expected)
-
-
-def test_a_wrong_argument_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"Received: 'domains'. Did you mean 'domain'\?"):
-        attach_(net(), 3, domain="domains")
-
-
-def test_a_foreign_sequential_has_no_domain_argument() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-    with pytest.raises(ConfigError, match=r"Sequential.*routed\(model, domain\)"):
-        attach_(model, 2)
-
-
-def test_a_function_reads_domains_from_the_call() -> None:
-    model = trained(attach_(nn.Sequential(nn.Linear(3, 4)), 2, domain=lambda x: (x[:, 0] > 0).long()))
-    x = torch.tensor([[1.0, 2, 3], [-1.0, 2, 3]])
-    with routed(model, torch.tensor([1, 0])):
-        expected = model(x)
-    assert torch.equal(model(x), expected)
-
-
-def test_routed_gives_domains_to_a_foreign_model() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-    trained(attach_(model, 2, domain=None))
-    x = torch.randn(2, 3)
-    with routed(model, torch.tensor([0, 1])):
-        mixed = model(x)
-    for number in (0, 1):
-        merged = merge_(copy.deepcopy(model), number)
-        assert (merged(x)[number] - mixed[number]).abs().max() <= 1e-6
-    with pytest.raises(ConfigError, match="routed"):
-        model(x)
-
-
-def test_a_bare_linear_is_refused_clearly() -> None:
-    with pytest.raises(ConfigError, match=r"nn\.Sequential|itself|inside"):
-        attach_(nn.Linear(3, 4), 2, domain=None)
+def test_a_layer_without_bias_gets_none_and_no_layer_gets_one_if_told_so() -> None:
+    with_bias = {name: layer.lora_bias is not None for name, layer in adapter_layers(attach_(net(), 3)).items()}
+    assert with_bias == {"query": False, "tower.0": True, "tower.2": True, "head": True}
+    assert all(layer.lora_bias is None for layer in adapter_layers(attach_(net(), 3, bias=False)).values())
 
 
 def test_a_model_without_linears_is_refused() -> None:
@@ -224,139 +178,61 @@ def test_a_model_without_linears_is_refused() -> None:
         attach_(nn.Sequential(nn.ReLU()), 2, domain=None)
 
 
-class Optional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 4)
-
-    def forward(self, x: Tensor, domain: Tensor | None = None) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
+def test_a_lazy_layer_must_have_its_shape_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+    with pytest.raises(ConfigError, match=r"Received: '0'.*one batch first"):
+        attach_(model, 2, domain=None)
+    model(torch.randn(2, 3))
+    assert list(adapter_layers(attach_(model, 2, domain=None))) == ["0", "1"]
 
 
-@pytest.mark.parametrize("arguments", [(), (None,)], ids=["left out", "None"])
-def test_a_domain_that_is_not_given_is_asked_for(arguments: tuple[None, ...]) -> None:
-    model = attach_(Optional(), 2)
-    with pytest.raises(ConfigError, match="domain"):
-        model(torch.randn(2, 3), *arguments)
-    assert model(torch.randn(2, 3), torch.tensor([0, 1])).shape == (2, 4)
+# a bare layer
 
 
-def test_an_unknown_domain_stops_the_call_and_leaves_no_trace(adapted: nn.Module, x: Tensor) -> None:
-    with pytest.raises(UnknownDomainError):
-        adapted(x, DOMAIN + 1)
-    with pytest.raises(ConfigError, match="outside its model's forward"):
-        adapted.get_submodule("head")(torch.randn(5, 16))
+def bare(**options: Any) -> tuple[nn.Linear, nn.Module]:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4)
+    return layer, attach_(layer, 2, **{"domain": None, **options})
 
 
-def test_a_layer_outside_forward_is_refused(adapted: nn.Module, x: Tensor) -> None:
-    adapted(x, DOMAIN)
-    with pytest.raises(ConfigError, match="outside its model's forward"):
-        adapted.get_submodule("head")(torch.randn(5, 16))
+def test_a_bare_linear_is_replaced_by_what_attach_returns() -> None:
+    layer, model = bare()
+    assert isinstance(model, LowRankLinear)
+    x = torch.randn(2, 3)
+    with routed(model, torch.tensor([0, 1])):
+        assert torch.equal(model(x), layer(x))
+        trained(model)
+        assert not torch.equal(model(x), layer(x))
+    assert type(layer) is nn.Linear
+    assert list(base_state(model)) == ["weight", "bias"]
 
 
-def test_routed_lets_one_layer_be_called_alone(adapted: nn.Module) -> None:
-    head = adapted.get_submodule("head")
-    h = torch.randn(2, 16)
-    with routed(adapted, torch.tensor([1, -1])):
-        alone = head(h)
-    assert isinstance(head, LowRankLinear)
-    assert torch.equal(alone[1], head.base(h)[1])
-    assert not torch.equal(alone[0], head.base(h)[0])
+def test_a_bare_linear_is_given_back() -> None:
+    layer, model = bare()
+    assert detach_(trained(model)) is layer
+    assert type(layer) is nn.Linear
 
 
-def test_routed_wins_over_the_argument(adapted: nn.Module, x: Tensor) -> None:
-    expected = adapted(x, DOMAIN)
-    with routed(adapted, DOMAIN):
-        assert torch.equal(adapted(x, torch.zeros_like(DOMAIN)), expected)
-    assert not torch.equal(adapted(x, torch.zeros_like(DOMAIN)), expected)
+def test_a_bare_linear_is_merged() -> None:
+    layer, model = bare()
+    x, domain = torch.randn(2, 3), torch.tensor([1, 1])
+    with routed(trained(model), domain):
+        expected = model(x)
+    with disabled(model):
+        assert torch.equal(model(x), layer(x))
+    merged = merge_(model, 1)
+    assert type(merged) is nn.Linear
+    assert (merged(x) - expected).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("end", ["well", "with an error"])
-def test_routed_ends_whatever_happens(adapted: nn.Module, x: Tensor, end: str) -> None:
-    try:
-        with routed(adapted, DOMAIN):
-            if end != "well":
-                raise RuntimeError
-    except RuntimeError:
-        pass
-    with pytest.raises(ConfigError, match="outside its model's forward"):
-        adapted.get_submodule("head")(torch.randn(5, 16))
-    adapted(x, DOMAIN)
-
-
-def test_routed_inside_routed(adapted: nn.Module, x: Tensor) -> None:
-    """The inner block has its own domains, the outer one goes on with those it had."""
-    with routed(adapted, DOMAIN):
-        outer = adapted(x, DOMAIN)
-        with routed(adapted, torch.tensor([1])):
-            inner = adapted(x[:1], torch.tensor([1]))
-        assert torch.equal(adapted(x, DOMAIN * 0), outer)
-    assert torch.equal(inner, adapted(x[:1], torch.tensor([1])))
-
-
-def test_routed_refuses_unknown_domains_before_the_block(adapted: nn.Module, x: Tensor) -> None:
-    expected = adapted(x, DOMAIN)
-    with pytest.raises(UnknownDomainError), routed(adapted, torch.tensor([9])):
-        pass
-    assert torch.equal(adapted(x, DOMAIN), expected)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_inside_forward_clears_the_route(x: Tensor, error: type[BaseException]) -> None:
-    class Failing(Net):
-        fails = True
-
-        def forward(self, x: Tensor, domain: Tensor) -> Tensor:
-            out = super().forward(x, domain)
-            if self.fails:
-                raise error
-            return out
-
-    model = attach_(Failing(), 3).eval()
-    with pytest.raises(error):
-        model(x, DOMAIN)
-    if error is RuntimeError:  # torch calls no hooks on an interrupt; the next call fills the route anew anyway
-        with pytest.raises(ConfigError, match="outside its model's forward"):
-            model.get_submodule("head")(torch.randn(5, 16))
-    model.fails = False  # type: ignore[assignment]
-    assert model(x[:2], DOMAIN[:2]).shape == (2,)
-
-
-def test_disabled_is_the_base(adapted: nn.Module, x: Tensor) -> None:
-    before = adapted(x, DOMAIN)
-    base = detach_(copy.deepcopy(adapted))(x, DOMAIN)
-    with disabled(adapted) as inside:
-        assert inside is adapted
-        assert torch.equal(adapted(x, DOMAIN), base)
-        with disabled(adapted):
-            assert torch.equal(adapted(x, DOMAIN), base)
-        assert torch.equal(adapted(x, DOMAIN), base)  # the inner block did not switch them on
-        adapted.get_submodule("head")(torch.randn(7, 16))  # needs no domains
-    assert torch.equal(adapted(x, DOMAIN), before)
-
-
-def test_disabled_ends_after_an_error(adapted: nn.Module, x: Tensor) -> None:
-    before = adapted(x, DOMAIN)
-    with pytest.raises(RuntimeError), disabled(adapted):
-        raise RuntimeError
-    assert torch.equal(adapted(x, DOMAIN), before)
-
-
-@pytest.mark.parametrize(
-    "verb",
-    [
-        detach_,
-        lambda m: merge_(m, 0),
-        lambda m: disabled(m).__enter__(),
-        lambda m: routed(m, DOMAIN).__enter__(),
-        lambda m: rows_of(m, 0),
-        lambda m: load_rows_(m, 0, {}),
-    ],
-)
-def test_a_model_without_adapters_is_told_so(verb: Any) -> None:
-    with pytest.raises(ConfigError, match=r"no adapters.*attach_"):
-        verb(net())
+def test_a_bare_linear_reads_domains_by_a_function() -> None:
+    _, model = bare(domain=lambda x: (x[:, 0] > 0).long())
+    x = torch.tensor([[1.0, 2, 3], [-1.0, 2, 3]])
+    found = trained(model)(x)
+    with routed(model, torch.tensor([1, 0])):
+        assert torch.equal(model(x), found)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), found)
 
 
 # taking off, merging, copying
@@ -370,8 +246,7 @@ def test_detach_gives_the_same_modules_back(x: Tensor) -> None:
     assert dict(model.named_modules()) == modules
     assert list(model.state_dict()) == keys
     assert torch.equal(model(x, DOMAIN), expected)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert type(model) is Net
     attach_(model, 2)  # and again
 
 
@@ -382,12 +257,8 @@ def test_merged_is_the_routed_path(adapted: nn.Module, x: Tensor, number: int) -
         merged = merge_(copy.deepcopy(adapted), number)
         assert (merged(x, DOMAIN) - expected).abs().max() <= 1e-6
     assert [type(module) for module in merged.modules()] == [type(module) for module in net().modules()]
-    assert set(net().state_dict()) <= set(merged.state_dict())
-
-
-def test_merged_has_the_original_keys_where_layers_have_biases(adapted: nn.Module) -> None:
-    model = attach_(net(), 3, exclude=["query"])
-    assert list(merge_(model, 1).state_dict()) == list(net().state_dict())
+    assert list(merged.state_dict()) == list(net().state_dict())
+    assert all(merged.get_parameter(name).shape == p.shape for name, p in net().named_parameters())
 
 
 @pytest.mark.parametrize("number", [-1, 3])
@@ -425,6 +296,15 @@ def test_merging_a_computed_weight_is_right_or_refused() -> None:
     assert (merged(x) - expected).abs().max() <= 1e-6
 
 
+def test_merging_a_frozen_base_works_under_a_graph(adapted: nn.Module, x: Tensor) -> None:
+    """Banks that learn and a base that does not, with gradients on."""
+    freeze_(adapted)
+    expected = adapted(x, torch.ones(5, dtype=torch.int64)).detach()
+    merged = merge_(adapted, 1)
+    assert all(parameter.is_leaf for parameter in merged.parameters())
+    assert (merged(x, DOMAIN) - expected).abs().max() <= 1e-6
+
+
 def test_a_subclass_of_linear_stays_what_it_is() -> None:
     class Special(nn.Linear):
         pass
@@ -432,32 +312,6 @@ def test_a_subclass_of_linear_stays_what_it_is() -> None:
     model = attach_(nn.Sequential(Special(3, 4)), 2, domain=None)
     assert type(merge_(copy.deepcopy(model), 0)[0]) is Special  # type: ignore[index]
     assert type(detach_(model)[0]) is Special  # type: ignore[index]
-
-
-def test_a_deep_copy_is_independent(adapted: nn.Module, x: Tensor) -> None:
-    expected = adapted(x, DOMAIN)
-    other = copy.deepcopy(adapted)
-    with routed(other, torch.tensor([0, 0])):
-        assert torch.equal(adapted(x, DOMAIN), expected)
-        with disabled(adapted):
-            assert other(x[:2], DOMAIN).shape == (2,)
-    with torch.no_grad():
-        for _, bank in adapter_parameters(other):
-            bank.zero_()
-    assert torch.equal(adapted(x, DOMAIN), expected)
-    layers = [next(iter(adapter_layers(model).values())) for model in (adapted, other)]
-    assert layers[0].route is not layers[1].route
-    detach_(other)
-    assert not other._forward_hooks
-    assert not other._forward_pre_hooks
-    assert torch.equal(adapted(x, DOMAIN), expected)
-
-
-def test_a_copy_of_a_copy_trains(adapted: nn.Module, x: Tensor) -> None:
-    other = copy.deepcopy(copy.deepcopy(adapted))
-    other(x, DOMAIN).sum().backward()
-    assert all(bank.grad is None for _, bank in adapter_parameters(adapted))
-    assert all(bank.grad is not None for _, bank in adapter_parameters(other))
 
 
 @pytest.mark.parametrize("include", [["*"], ["first"], ["second"]], ids=str)
@@ -484,6 +338,17 @@ def test_one_layer_in_two_places_is_adapted_in_both_or_refused(include: list[str
     assert list(detach_(model).state_dict()) == keys
 
 
+def test_a_layer_in_two_places_is_merged_once() -> None:
+    shared = nn.Linear(3, 3)
+    model = trained(attach_(nn.Sequential(shared, nn.Tanh(), shared), 2, domain=None))
+    x = torch.randn(2, 3)
+    with routed(model, torch.tensor([1, 1])):
+        expected = model(x)
+    merged = merge_(model, 1)
+    assert merged[0] is merged[2]  # type: ignore[index]
+    assert (merged(x) - expected).abs().max() <= 1e-6
+
+
 def test_a_weight_shared_with_a_table_stays_shared_and_merging_spares_the_table() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -499,30 +364,122 @@ def test_a_weight_shared_with_a_table_stays_shared_and_merging_spares_the_table(
     model = trained(attach_(Tied(), 2))
     ids, domain = torch.arange(4), torch.ones(4, dtype=torch.int64)
     table, expected = model.table.weight.detach().clone(), model(ids, domain)  # type: ignore[union-attr,operator]
+    assert model.get_parameter("out.base.weight") is model.get_parameter("table.weight")
     merge_(model, 1)
     assert torch.equal(model.table.weight, table)  # type: ignore[union-attr,arg-type]
     assert (model(ids, domain) - expected).abs().max() <= 1e-6
 
 
-def test_layers_that_are_not_called_are_refused() -> None:
-    """nn.MultiheadAttention reads the weight of out_proj and never calls it."""
+def test_a_bias_shared_by_two_layers_is_merged_in_each() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+    trained(attach_(model, 2, domain=None))
+    x = torch.randn(2, 3)
+    with routed(model, torch.tensor([1, 1])):
+        expected = model(x)
+    assert (merge_(model, 1)(x) - expected).abs().max() <= 1e-6
 
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-            self.head = nn.Linear(4, 1)
 
-        def forward(self, x: Tensor, domain: Tensor) -> Tensor:
-            out: Tensor = self.head(self.attention(x, x, x)[0])
-            return out
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
-    x, domain = torch.randn(2, 3, 4), torch.tensor([0, 1])
+
+class Telling(Doubling):
+    """Says what it is as a plain layer, which differs between domains."""
+
+    def plain(self, domain: int) -> nn.Linear:
+        layer = nn.Linear(self.in_features, self.out_features)
+        with torch.no_grad():
+            layer.weight.copy_(2 * self.weight)
+            layer.bias.copy_(2 * self.bias + domain)
+        return layer
+
+
+def test_a_layer_whose_forward_is_its_own_is_adapted_and_not_merged() -> None:
+    model = trained(attach_(nn.Sequential(nn.Linear(3, 3), Doubling(3, 4)), 2, domain=None))
+    x, domain = torch.randn(2, 3), torch.tensor([1, 0])
+    with routed(model, domain):
+        expected = model(x)
+    with pytest.raises(ConfigError, match=r"Received: 'Doubling'.*plain\(domain\)"):
+        merge_(model, 1)
+    with routed(model, domain):  # nothing was changed, of the layer before it either
+        assert torch.equal(model(x), expected)
+
+
+def test_a_layer_says_what_it_is_for_one_domain() -> None:
+    layer = Telling(3, 4)
+    model = trained(attach_(nn.Sequential(layer), 2, domain=None))
+    x, weight = torch.randn(2, 3), layer.weight.detach().clone()
+    with routed(model, torch.tensor([1, 1])):
+        expected = model(x) + 1
+    merged = merge_(model, 1)
+    assert type(merged[0]) is nn.Linear  # type: ignore[index]
+    assert (merged(x) - expected).abs().max() <= 1e-6
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_forward_that_was_replaced_on_a_layer_is_kept_or_refused() -> None:
+    """Libraries replace it to move weights between devices or to scale what comes out."""
+    layer = nn.Linear(3, 4)
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 3)
+    expected = model(x)
+    attach_(model, 2, domain=None).eval()
+    with routed(model, torch.tensor([1, 1])):
+        assert torch.equal(model(x), expected)
+        trained(model)
+        expected = model(x)
     try:
-        model = attach_(Attention(), 2)
+        merged = merge_(model, 1)
     except ConfigError:
         return
-    assert model(x, domain).shape == (2, 3, 1)
+    assert (merged(x) - expected).abs().max() <= 1e-6
+
+
+# layers that are read and not called
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention reads the weight of out_proj and never calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, domain: Tensor) -> Tensor:
+        out: Tensor = self.head(self.attention(x, x, x)[0])
+        return out
+
+
+def test_attention_of_torch_is_left_alone_and_what_is_around_it_adapted() -> None:
+    model = attach_(Attention(), 2)
+    assert list(adapter_layers(model)) == ["head"]
+    assert model(torch.randn(2, 3, 4), torch.tensor([0, 1])).shape == (2, 3, 1)
+
+
+def test_asking_for_attention_of_torch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"MultiheadAttention.*Received: 'attention\.\*'.*query, key, value"):
+        attach_(Attention(), 2, include=["attention.*"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_encoder_layer_of_torch_calls_its_adapted_layers(training: bool) -> None:
+    """In evaluation it has a fast path that reads weights."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, dropout=0.0, batch_first=True)
+    model = trained(attach_(model, 2, domain=None)).train(training)
+    assert list(adapter_layers(model)) == ["linear1", "linear2"]
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad(), routed(model, torch.tensor([1, 1])):
+        expected = model(x)
+        with disabled(model):
+            assert (model(x) - expected).abs().max() > 1e-2
+    with torch.no_grad():
+        assert (merge_(model, 1)(x) - expected).abs().max() <= 1e-6
 
 
 def test_training_mode_is_kept() -> None:
@@ -582,88 +539,3 @@ def test_freezing_twice_is_freezing_once(x: Tensor) -> None:
 def test_statistics_that_were_frozen_can_move_again(x: Tensor) -> None:
     model = freeze_(freeze_(attach_(net(), 3)), except_=["norm.*"])
     assert "norm.running_mean" in moved(model, x)
-
-
-# rows, state
-
-
-def test_rows_are_copies(adapted: nn.Module) -> None:
-    rows = rows_of(adapted, 1)
-    before = digest(adapted.named_parameters())
-    for row in rows.values():
-        row.fill_(7.0)
-    assert digest(adapted.named_parameters()) == before
-    assert not any(row.requires_grad for row in rows.values())
-
-
-def test_load_rows_touches_one_row(adapted: nn.Module) -> None:
-    others = {number: rows_of(adapted, number) for number in (0, 2)}
-    base = base_state(adapted)
-    new = {name: torch.randn_like(row) for name, row in rows_of(adapted, 1).items()}
-    assert load_rows_(adapted, 1, new) is adapted
-    assert all(torch.equal(row, new[name]) for name, row in rows_of(adapted, 1).items())
-    for number, rows in others.items():
-        assert all(torch.equal(row, rows[name]) for name, row in rows_of(adapted, number).items())
-    assert all(torch.equal(tensor, base[name]) for name, tensor in base_state(adapted).items())
-
-
-def test_a_row_moves_between_models(adapted: nn.Module, x: Tensor) -> None:
-    other = attach_(net(), 5).eval()
-    load_rows_(other, 4, rows_of(adapted, 1))
-    assert torch.equal(other(x, torch.full((5,), 4)), adapted(x, torch.full((5,), 1)))
-
-
-NAMES = ["head.lora_bias", "tower.0.lora_A"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [None, (), (1,), (99,)], ids=str)
-def test_rows_that_do_not_fit_write_nothing(adapted: nn.Module, name: str, shape: tuple[int, ...] | None) -> None:
-    """Left out, or of a shape that a careless copy would broadcast."""
-    rows = {key: torch.zeros_like(row) for key, row in rows_of(adapted, 0).items()}
-    rows[name] = torch.zeros(shape or (7, 7, 7))
-    if shape is None:
-        del rows[name]
-    before = digest(adapted.named_parameters())
-    if name == "head.lora_bias" and shape == (1,):
-        rows[name] = torch.zeros(2)  # one output: (1,) would be right
-    with pytest.raises(BundleError, match=name):
-        load_rows_(adapted, 0, rows)
-    assert digest(adapted.named_parameters()) == before
-
-
-def test_rows_of_another_model_write_nothing(adapted: nn.Module) -> None:
-    before = digest(adapted.named_parameters())
-    with pytest.raises(BundleError, match=r"tower\.9\.lora_A"):
-        load_rows_(adapted, 0, {**rows_of(adapted, 1), "tower.9.lora_A": torch.zeros(1)})
-    assert digest(adapted.named_parameters()) == before
-
-
-@pytest.mark.parametrize("number", [-1, 3])
-def test_rows_of_unknown_domains(adapted: nn.Module, number: int) -> None:
-    with pytest.raises(UnknownDomainError):
-        rows_of(adapted, number)
-    with pytest.raises(UnknownDomainError):
-        load_rows_(adapted, number, {})
-
-
-def test_base_state_is_the_state_without_adapters() -> None:
-    plain = net()
-    expected = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    found = base_state(trained(attach_(plain, 3)))
-    assert list(found) == list(expected)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert list(base_state(net())) == list(expected)
-
-
-def test_base_state_of_layers_that_are_called_base() -> None:
-    model = nn.ModuleDict({"base": nn.Sequential(nn.Linear(2, 2)), "base_x": nn.Linear(2, 2)})
-    keys = list(model.state_dict())
-    assert list(base_state(attach_(model, 2, domain=None))) == keys
-
-
-def test_parameters_of_adapters() -> None:
-    model = attach_(net(), 3, include=["head"])
-    assert [name for name, _ in adapter_parameters(model)] == ["head.lora_A", "head.lora_B", "head.lora_bias"]
-    assert not is_adapter_parameter("lora_Above")
-    assert is_adapter_parameter("lora_A")

@@ -90,7 +90,7 @@ def by_gathering(c: Case) -> Tensor:
     own = c.domain.clamp(min=0)
     change = c.scale * torch.einsum("b...i,bir,bro->b...o", c.x, c.bank_a[own], c.bank_b[own])
     if c.bias is not None:
-        change = change + c.bias[own].view(*row, -1)
+        change = change + c.bias[own].view(*row, c.bias.shape[1])
     y = c.x @ c.weight.T if c.shared_bias is None else c.x @ c.weight.T + c.shared_bias
     return torch.where((c.domain >= 0).view(*row, 1), y + change, y)
 
@@ -311,7 +311,7 @@ def test_expanded_inputs_and_upstream_gradients(way: Way, domain: list[int]) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("domain", [[0, 1, 2, 0], [0, 0, 1, 2], [-1, -1]], ids=str)
+@pytest.mark.parametrize("domain", [[0, 1, 2, 0], [0, 0, 1, 2], [-1, -1], [2, 0, 1] * 8 + [0, 1]], ids=str)
 def test_a_middle_axis_of_no_length(way: Way, domain: list[int]) -> None:
     """As a sequence of which nothing is left; nn.Linear takes it."""
     found = results(case(domain, (0,)), way)
@@ -405,7 +405,7 @@ def test_what_is_written_over_before_the_backward_pass_is_noticed_or_right(
     try:
         found = torch.autograd.grad(out.sum(), tensors)
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)  # noqa: PT017 - either is right
+        assert "modified" in str(error)  # noqa: PT017 - either is right
     else:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
