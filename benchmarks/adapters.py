@@ -80,8 +80,8 @@ PLANS = {
         bank=10_000,
     ),
     "quick": Plan(
-        seconds=1.5,
-        rounds=5,
+        seconds=1.0,
+        rounds=4,
         batch=4096,
         domains=(10, 100, 300, 1000),
         trained=(10, 100),

@@ -108,9 +108,9 @@ def attach_(
     for layer in {id(layer): layer for layer in chosen.values()}.values():
         width = rank_for(layer.out_features, temperature) if rank is None else rank
         adapted[id(layer)] = LowRankLinear(layer, route, width, lora_alpha=lora_alpha, bias=bias).train(layer.training)
+    open_route(adapted.get(id(model), model), route)  # first: it may refuse
     for name, layer in chosen.items():
         model = _replaced(model, name, adapted[id(layer)])
-    open_route(model, route)
     return model
 
 
@@ -136,14 +136,15 @@ def merge_(model: nn.Module, domain: int) -> nn.Module:
     check_domain(model, domain)
     layers = adapter_layers(model)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    plain = {id(layer): _plain(layer.base, domain, tied=owners[id(layer.base.weight)] > 1) for layer in layers.values()}
+    tied = {id(layer): any(owners[id(p)] > 1 for p in layer.base.parameters()) for layer in layers.values()}
+    plain = {id(layer): _plain(layer.base, domain, tied=tied[id(layer)]) for layer in layers.values()}
+    close_route(model)  # before anything changes: it may refuse
     with torch.no_grad():
         for layer in {id(layer): layer for layer in layers.values()}.values():
             weight, bias = layer.correction(domain)
             plain[id(layer)].weight.add_(weight)
             if bias is not None:
                 plain[id(layer)].bias.add_(bias)
-    close_route(model)
     for name, layer in layers.items():
         model = _replaced(model, name, plain[id(layer)])
     return model
@@ -225,7 +226,8 @@ def _plain(base: nn.Linear, domain: int, *, tied: bool) -> nn.Linear:
     plain: Callable[[int], nn.Linear] | None = getattr(base, "plain", None)
     if plain is not None:
         return plain(domain)
-    if type(base).forward is not nn.Linear.forward or "weight" not in base._parameters:
+    replaced = type(base).forward is not nn.Linear.forward or "forward" in base.__dict__
+    if replaced or "weight" not in base._parameters:
         raise ConfigError(
             "only layers that compute x W + b from weights of their own can be merged",
             received=type(base).__name__,

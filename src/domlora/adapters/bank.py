@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from domlora.adapters.lowrank import LowRankLinear
+from domlora.adapters.route import DomainRoute
 from domlora.errors import BundleError, ConfigError, UnknownDomainError
 
 __all__ = [
@@ -107,13 +108,12 @@ def add_domain_(model: nn.Module, like: int | None = None) -> int:
         UnknownDomainError: no domain ``like``.
     """
     check_domain(model, 0 if like is None else like)
-    layers = {id(layer): layer for layer in adapter_layers(model).values()}.values()
+    layers, route = _layers_of_one_route(model)
     for layer in layers:
         fresh = layer.fresh_rows(1)
         for name in _banks_of(layer):
             bank = getattr(layer, name).detach()
-            _set_bank(layer, name, torch.cat([bank, fresh[name] if like is None else bank[like : like + 1]]))
-    route = next(iter(layers)).route
+            _set_bank(layer, name, torch.cat([bank, fresh[name].to(bank) if like is None else bank[like : like + 1]]))
     route.num_domains += 1
     return route.num_domains - 1
 
@@ -128,8 +128,7 @@ def remove_domain_(model: nn.Module, domain: int) -> nn.Module:
         UnknownDomainError: no such domain.
     """
     check_domain(model, domain)
-    layers = {id(layer): layer for layer in adapter_layers(model).values()}.values()
-    route = next(iter(layers)).route
+    layers, route = _layers_of_one_route(model)
     if route.num_domains == 1:
         raise ConfigError("a bank needs at least one domain", received=domain, next_step="Call detach_(model) instead")
     for layer in layers:
@@ -138,6 +137,16 @@ def remove_domain_(model: nn.Module, domain: int) -> nn.Module:
             _set_bank(layer, name, torch.cat([bank[:domain], bank[domain + 1 :]]))
     route.num_domains -= 1
     return model
+
+
+def _layers_of_one_route(model: nn.Module) -> tuple[list[LowRankLinear], DomainRoute]:
+    layers = list({id(layer): layer for layer in adapter_layers(model).values()}.values())
+    route = layers[0].route
+    if any(layer.route is not route for layer in layers):
+        raise ConfigError(
+            "parts of this model were given adapters of their own", next_step="Call it with each of those parts"
+        )
+    return layers, route
 
 
 def _set_bank(layer: LowRankLinear, name: str, values: Tensor) -> None:

@@ -212,8 +212,11 @@ class _BankGradient:
         """``value`` is the gradient of a tile's domains."""
         if scale != 1.0:
             value = value.mul_(scale)
-        value = value.view(tile.size, *self.shape[1:]).to(self.values.dtype)
-        self.values.index_copy_(0, tile.places if self.sparse else tile.names, value)
+        if tile.names is None or tile.places is None:
+            self.values[tile.place if self.sparse else tile.first].copy_(value)
+        else:
+            where = tile.places if self.sparse else tile.names
+            self.values.index_copy_(0, where, value.to(self.values.dtype))
 
     def whole(self) -> Tensor:
         """A tensor of the bank's shape."""
@@ -256,7 +259,7 @@ class _Scratch:
 
     def own(self, name: str, bank: Tensor, tile: Tile) -> Tensor:
         """What a bank holds for a tile: ``(...)``, or ``(G, ...)``; in the type that is computed in."""
-        if tile.size == 1:
+        if tile.names is None:
             own = bank[tile.first]
         elif bank.dtype == self._like.dtype:
             return torch.index_select(bank, 0, tile.names, out=self.take(name, tile.size, *bank.shape[1:]))

@@ -81,17 +81,20 @@ def find_reader(model: nn.Module, domain: str | DomainOf | None) -> DomainOf | N
             received=domain,
             next_step=f"{nearest(domain, parameters)} Or pass a function, or None and use routed(model, domain)",
         )
-    return _Argument(domain, list(parameters).index(domain))
+    by_place = parameters[domain].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return _Argument(domain, list(parameters).index(domain) if by_place else None)
 
 
 class _Argument:
     """Reads one argument of a call; a class, so that a model that holds it can be copied and stored."""
 
-    def __init__(self, name: str, position: int) -> None:
+    def __init__(self, name: str, position: int | None) -> None:
         self.name, self.position = name, position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, args[self.position] if self.position < len(args) else kwargs.get(self.name))
+        if self.position is not None and self.position < len(args):
+            return cast(Tensor, args[self.position])
+        return cast(Tensor, kwargs.get(self.name))
 
 
 def open_route(model: nn.Module, route: DomainRoute) -> None:
@@ -118,6 +121,12 @@ def close_route(model: nn.Module) -> nn.Module:
         ConfigError: the model has no adapters.
     """
     route_of(model)
+    if type(model) not in _ROUTED.values():  # parametrisations swap classes too
+        raise ConfigError(
+            "the class of this model was swapped after attach_",
+            received=[each.__name__ for each in type(model).__mro__[:2]],
+            next_step="Take off what swapped it first",
+        )
     model.__class__ = type(model).__mro__[1]
     object.__delattr__(model, _ROUTE)
     return model
@@ -136,11 +145,12 @@ def _routed_class(plain: type[nn.Module]) -> type[nn.Module]:
         route = route_of(self)
         if route.held or route.read is None or not route.enabled:
             return plain.forward(self, *args, **kwargs)
+        before = route.segments  # a model may call itself
         route.fill(route.read(*args, **kwargs))
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
-            route.clear()
+            route.segments = before
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         _, _, *state = cast(tuple[Any, ...], plain.__reduce_ex__(self, protocol))

@@ -18,26 +18,28 @@ __all__ = ["DomainRoute", "Segments", "Tile", "Ungrouped", "grouped"]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Measured on a tower of 384-256-128-64 with ranks 16, 8 and 4: a CPU core should find in its own cache (2 MB here) what the
-# product before has written. An accelerator wants few large products.
-_TILE_ROWS, _TILE_DOMAINS = 512, 64
+# product before has written, and rows that lie as they should are worth moving only where a domain has few. An accelerator
+# wants few large products.
+_TILE_ROWS, _TILE_DOMAINS, _FEW_ROWS = 512, 64, 64
 
 
 class Tile(NamedTuple):
     """``size`` domains with about equally many rows, so that one batched product serves them all.
 
-    ``names (G,)`` are their numbers (``first`` the first) and ``places (G,)`` their places among the domains of the batch.
-    ``rows (G * n,)`` are row numbers of the batch, ``n`` for each domain: one that has fewer repeats its last, and ``pads``
-    tells where. One domain whose rows lie from ``start`` to ``stop`` of the batch has no ``rows``.
+    One domain has its number ``first`` and its ``place`` among the domains of the batch, several have ``names (G,)`` and
+    ``places (G,)``. ``rows (G * n,)`` are row numbers of the batch, ``n`` for each domain: one that has fewer repeats its
+    last, and ``pads`` tells where. One domain whose rows lie from ``start`` to ``stop`` of the batch has no ``rows``.
     """
 
     size: int
     first: int
-    names: Tensor
-    places: Tensor
+    place: int
     start: int
     stop: int
     rows: Tensor | None
-    pads: Tensor | None
+    pads: Tensor | None = None
+    names: Tensor | None = None
+    places: Tensor | None = None
 
 
 class Segments:
@@ -62,65 +64,78 @@ class Segments:
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         """The rows that have a domain, in tiles of domains with about equally many rows."""
-        if not self.spans:
-            return ()
-        spans = np.array(self.spans)
-        places = np.argsort(spans[:, 0] - spans[:, 1], kind="stable")
-        spans = spans[places]
-        counts = spans[:, 1] - spans[:, 0]
-        limits = (_TILE_ROWS, _TILE_DOMAINS) if self.device.type == "cpu" else (2 * self.num_rows, self.num_rows)
-        sizes = _sizes(counts.tolist(), *limits)
-        firsts = np.cumsum(sizes) - sizes
-        names, split_places = (torch.split(self._tensor(values), sizes) for values in (spans[:, 2].copy(), places))
-        shared = iter(self._rows(spans, counts, sizes, counts[firsts]))
-        tiles = []
-        for size, (start, stop, first), own, among in zip(
-            sizes, spans[firsts].tolist(), names, split_places, strict=True
-        ):
-            alone = None if self.order is None else self.order[start:stop]
-            rows, pads = next(shared) if size > 1 else (alone, None)
-            tiles.append(Tile(size, first, own, among, start, stop, rows, pads))
+        spans = self.spans
+        places = sorted(range(len(spans)), key=lambda place: spans[place][0] - spans[place][1])
+        counts = [spans[place][1] - spans[place][0] for place in places]
+        cpu = self.device.type == "cpu"
+        limits = (_TILE_ROWS, _TILE_DOMAINS) if cpu else (2 * self.num_rows, self.num_rows)
+        sizes = _sizes(counts, *limits, _FEW_ROWS if cpu and self.order is None else self.num_rows)
+        shared = iter(
+            self._shared([place for place, size in zip(places, _spread(sizes), strict=True) if size > 1], sizes)
+        )
+        tiles, first = [], 0
+        for size in sizes:
+            start, stop, domain = spans[places[first]]
+            if size > 1:
+                tiles.append(next(shared))
+            else:
+                rows = None if self.order is None else self.order[start:stop]
+                tiles.append(Tile(1, domain, places[first], start, stop, rows))
+            first += size
         return tuple(tiles)
 
-    def _rows(
-        self, spans: NDArray[Any], counts: NDArray[Any], sizes: list[int], heights: NDArray[Any]
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """For each tile of several domains the batch's row numbers, and where they only fill up."""
-        several = np.array(sizes) > 1
-        if not several.any():
+    def _shared(self, places: list[int], sizes: Sequence[int]) -> list[Tile]:
+        """The tiles of several domains."""
+        if not places:
             return []
-        inside = np.repeat(several, sizes)
-        starts, counts, widths, heights = spans[inside, 0], counts[inside], np.array(sizes)[several], heights[several]
+        widths = [size for size in sizes if size > 1]
+        spans = np.array([self.spans[place] for place in places])
+        counts = spans[:, 1] - spans[:, 0]
+        heights = counts[np.cumsum(widths) - widths]  # the first domain of a tile has most rows
         high = np.repeat(heights, widths)  # for each domain the rows that its tile gives it
         step = np.arange(high.sum()) - np.repeat(np.cumsum(high) - high, high)
         last = np.repeat(counts - 1, high)
-        rows = self._tensor(np.repeat(starts, high) + np.minimum(step, last))
+        rows = self._tensor(np.repeat(spans[:, 0], high) + np.minimum(step, last))
         if self.order is not None:
             rows = self.order.index_select(0, rows)
-        totals = heights * widths
+        totals = (heights * widths).tolist()
         pads = [np.flatnonzero(fills) for fills in np.split(step > last, np.cumsum(totals)[:-1])]
+        names, split_places = (
+            torch.split(self._tensor(each), widths) for each in (spans[:, 2].copy(), np.array(places))
+        )
         return [
-            (part, self._tensor(fill) if len(fill) else None)
-            for part, fill in zip(torch.split(rows, totals.tolist()), pads, strict=True)
+            Tile(width, -1, -1, -1, -1, own, self._tensor(fill) if len(fill) else None, name, place)
+            for width, own, fill, name, place in zip(
+                widths, torch.split(rows, totals), pads, names, split_places, strict=True
+            )
         ]
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
 
-def _sizes(counts: Sequence[int], max_rows: int, max_domains: int) -> list[int]:
-    """How many domains each tile takes, the one with most rows first; at the most an eighth of a tile's rows fill up."""
+def _sizes(counts: Sequence[int], max_rows: int, max_domains: int, few: int) -> list[int]:
+    """How many domains each tile takes, the one with most rows first; only domains of few rows share one.
+
+    At the most an eighth of a tile's rows fill up.
+    """
     sizes: list[int] = []
     height = total = 0
     for count in counts:
         size = sizes[-1] + 1 if sizes else 1
         area = height * size
-        if sizes and size <= max_domains and area <= max_rows and 8 * (area - total - count) <= area:
+        fits = size <= max_domains and area <= max_rows and height < few and 8 * (area - total - count) <= area
+        if sizes and fits:
             sizes[-1], total = size, total + count
         else:
             sizes.append(1)
             height = total = count
     return sizes
+
+
+def _spread(sizes: Sequence[int]) -> list[int]:
+    """For each domain the size of its tile."""
+    return [size for size in sizes for _ in range(size)]
 
 
 def grouped(domain: Tensor, num_domains: int) -> Segments:
@@ -144,6 +159,8 @@ def grouped(domain: Tensor, num_domains: int) -> Segments:
             received=lowest if lowest < -1 else highest,
             next_step="Encode unknown domains as -1 to score them with the base",
         )
+    if lowest == highest:
+        return Segments(domain, None, () if lowest < 0 else ((0, len(domain), lowest),))
     order, ascending = None, domain
     if bool((domain[1:] < domain[:-1]).any()):
         order = _argsort(domain, highest)

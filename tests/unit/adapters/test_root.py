@@ -547,7 +547,7 @@ def test_a_whole_model_can_be_stored_as_torch_users_do(adapted: nn.Module) -> No
 # threads
 
 
-NUM_THREADS, ROUNDS = 6, 60
+NUM_THREADS, ROUNDS = 6, 40
 
 
 @pytest.fixture

@@ -126,17 +126,19 @@ def check_tiles(segments: Segments, domain: Tensor) -> None:
     places = []
     for tile in segments.tiles:
         rows = torch.arange(tile.start, tile.stop) if tile.rows is None else tile.rows
-        assert tile.size == len(tile.names) == len(tile.places)
-        assert tile.first == tile.names[0]
-        assert torch.equal(segments.domains[tile.places], tile.names)
-        assert (domain[rows.view(tile.size, -1)] == tile.names[:, None]).all()
+        alone = tile.names is None or tile.places is None
+        names, among = (torch.tensor([tile.first]), torch.tensor([tile.place])) if alone else (tile.names, tile.places)
+        assert tile.size == len(names) == len(among)
+        assert alone == (tile.size == 1)
+        assert torch.equal(segments.domains[among], names)
+        assert (domain[rows.view(tile.size, -1)] == names[:, None]).all()
         real = torch.ones(len(rows), dtype=torch.bool)
         if tile.pads is not None:
             assert 0 < len(tile.pads) == len(tile.pads.unique())
             real[tile.pads] = False
         assert real.view(tile.size, -1).any(1).all()
         seen.index_add_(0, rows, real.long())
-        places.append(tile.places)
+        places.append(among)
     assert torch.equal(seen, (domain >= 0).long())  # each row that has a domain once, a row of none never
     if places:
         assert torch.equal(torch.cat(places).sort().values, torch.arange(len(segments.spans)))
