@@ -20,7 +20,7 @@ __all__ = ["Arms", "Ratio", "Timings", "digits", "interleave", "ratio_of", "take
 
 Arms = Mapping[str, Callable[[], object]]
 SLICE_S, MIN_CALLS = 0.15, 3
-SLOW_S = 0.5  # a call this long warms itself: its first milliseconds do not decide
+SLOW_S = 0.25  # a call this long warms itself: its first milliseconds do not decide
 
 
 @dataclass(frozen=True, slots=True)

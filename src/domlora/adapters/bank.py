@@ -202,8 +202,9 @@ def trainable_report(model: nn.Module) -> TrainableReport:
         sizes[kind] += parameter.numel()
         sizes[f"{kind}_trainable"] += parameter.numel() if parameter.requires_grad else 0
     num_domains = next(iter(layers.values())).route.num_domains if layers else 0
+    once = {layer: name for name, layer in reversed(layers.items())}  # a layer in two places counts once
     per_layer = {
-        name: sum(getattr(layer, bank)[0].numel() for bank in _banks_of(layer)) for name, layer in layers.items()
+        name: sum(getattr(layer, bank)[0].numel() for bank in _banks_of(layer)) for layer, name in once.items()
     }
     return TrainableReport(**sizes, num_domains=num_domains, layers=per_layer)
 

@@ -9,6 +9,7 @@ domains that occur in the batch, and give banks gradients of only those rows if 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -232,7 +233,8 @@ def _sparse(values: Tensor, segments: Segments, shape: Sequence[int]) -> Tensor:
 def _one_thread(device: torch.device) -> Iterator[None]:
     """A tile's products are so short that to wake a second thread for each of them costs several times their work."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1:
+    # the number belongs to the process: a thread that another one begins meanwhile would keep it
+    if threads == 1 or threading.active_count() > 1:
         yield
         return
     torch.set_num_threads(1)

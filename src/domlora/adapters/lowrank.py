@@ -50,9 +50,9 @@ class _Unread(Tensor):
 _ASKED = {
     *(
         getattr(Tensor, name).__get__
-        for name in ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta")
+        for name in ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta", "is_cuda")
     ),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.is_contiguous),
 }
 
 

@@ -209,8 +209,8 @@ class DomainRoute:
     """
 
     def __init__(self, num_domains: int) -> None:
-        if num_domains < 1:
-            raise ConfigError("adapters need num_domains of at least 1", received=num_domains)
+        if not isinstance(num_domains, int) or num_domains < 1:
+            raise ConfigError("adapters need num_domains of at least 1, a whole number", received=num_domains)
         self.num_domains = num_domains
         self.options: Any = None  # what attach_ was told, for whoever stores the model
         self.read: Callable[..., Tensor] | None = None  # what finds the domains among the arguments of a call
