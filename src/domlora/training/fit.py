@@ -150,6 +150,8 @@ def fit(
         DataError: the validation split has no domain with two classes.
     """
     run = _Run(model, data, options, optimizer, on_progress)
+    if checkpoint is not None:
+        run.identify()
     if checkpoint is not None and checkpoint.exists():
         run.restore(checkpoint)
     else:
@@ -172,16 +174,12 @@ class _Run:
     ) -> None:
         self.model, self.data, self.options, self.on_progress = model, data, options, on_progress
         self.optimizer = Optimizer(model, rules)
-        self.identity = {
-            "options": repr(options),
-            "optimizer": repr(rules),
-            "data": data.fingerprint(),
-            "start": _digest(model),
-        }
+        self.rules = rules
+        self.identity: dict[str, str] = {}
         self.device = next(model.parameters()).device
         self.average = Average(model, options.average_decay)
         self.result = Fit()
-        self.best = _copied(model)
+        self.best: dict[str, Tensor] = {}
         self.position = self.misses = self.steps = 0
         self.last_position = options.max_epochs * options.evaluations_per_epoch
         self.steps_per_epoch = math.ceil(data.num_rows("train") / options.batch_size)
@@ -193,6 +191,15 @@ class _Run:
                 received=options.evaluations_per_epoch,
                 next_step="Make batch_size smaller",
             )
+
+    def identify(self) -> None:
+        """Take down what a run must have in common with the one it goes on; reads every weight."""
+        self.identity = {
+            "options": repr(self.options),
+            "optimizer": repr(self.rules),
+            "data": self.data.fingerprint(),
+            "start": _digest(self.model),
+        }
 
     def start(self, is_candidate: bool) -> None:
         if is_candidate:
