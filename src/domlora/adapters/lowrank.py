@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.kernels import Banks, add_corrections, corrected_linear, merged_linear, merging_pays
+from domlora.adapters.kernels import Banks, add_corrections, corrected_linear
+from domlora.adapters.merging import merged_linear, merging_pays
 from domlora.adapters.route import DomainRoute, Segments, Ungrouped
 from domlora.adapters.traced import corrections
 from domlora.errors import ConfigError

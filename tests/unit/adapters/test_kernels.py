@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from domlora.adapters.kernels import Banks, add_corrections, corrected_linear, merged_linear, merging_pays
+from domlora.adapters.kernels import Banks, add_corrections, corrected_linear
+from domlora.adapters.merging import merged_linear, merging_pays
 from domlora.adapters.route import grouped
 
 
