@@ -31,6 +31,14 @@ def _in_one_type(x: Tensor, bank: Tensor) -> bool:
     return x.dtype == bank.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
+@torch.compiler.disable(reason="a compiled model has dense bank gradients: train its adapters by adam or adamw")  # type: ignore
+def _refuse_sparse() -> None:
+    raise ConfigError(
+        "a compiled model has dense bank gradients",
+        next_step="Train its adapters by adam or adamw, or without torch.compile",
+    )
+
+
 class _Unread(Tensor):
     """The weight of an adapted layer: whoever computes with it instead of calling the layer would miss the adapter.
 
@@ -176,6 +184,10 @@ class LowRankLinear(nn.Module):
         banks = Banks(self.lora_A, self.lora_B, self.lora_bias, self.scale, self.sparse)
         if not isinstance(segments, Segments) or torch.compiler.is_compiling():
             return self._traced(x, banks, segments.domain)
+        return self._computed(x, banks, segments)
+
+    def _computed(self, x: Tensor, banks: Banks, segments: Segments) -> Tensor:
+        base = self.base
         if _is_plain(base) and _in_one_type(x, banks.a):
             # merging is for training alone: its products have fewer rows each, which moves the last bits
             merges = self.training and merging_pays(segments, x, base.out_features)
@@ -187,10 +199,7 @@ class LowRankLinear(nn.Module):
 
     def _traced(self, x: Tensor, banks: Banks, domain: Tensor) -> Tensor:
         if banks.sparse and torch.is_grad_enabled():
-            raise ConfigError(
-                "a compiled model has dense bank gradients",
-                next_step="Train adapters by adam or adamw, or without torch.compile",
-            )
+            _refuse_sparse()
         out: Tensor = self.base(x)
         return out + corrections(x.to(out.dtype), banks, domain)
 

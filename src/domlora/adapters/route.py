@@ -204,8 +204,10 @@ class _Here(threading.local):
 class DomainRoute:
     """The cell through which the domain of each row reaches layers that are buried in a model.
 
-    The model's root fills it before the forward pass; every adapted layer reads it. Each thread has its own, so
-    that threads may score different batches with one model.
+    The model's root fills it before the forward pass; every adapted layer reads it. Each thread has its own batch, so that
+    threads may score different batches with one model. In a trace of torch.compile the batch is a plain attribute, because
+    torch loses what a trace writes into thread-local memory where it breaks: a compiled model whose forward breaks into
+    several graphs is for one thread at a time.
     """
 
     def __init__(self, num_domains: int) -> None:
@@ -214,11 +216,12 @@ class DomainRoute:
         self.num_domains = num_domains
         self.options: Any = None  # what attach_ was told, for whoever stores the model
         self.read: Callable[..., Tensor] | None = None  # what finds the domains among the arguments of a call
+        self._traced: Ungrouped | None = None
         self._here = _Here()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the cell, not the batch in it."""
-        return {name: value for name, value in self.__dict__.items() if name != "_here"}
+        return {**{name: value for name, value in self.__dict__.items() if name != "_here"}, "_traced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -227,11 +230,14 @@ class DomainRoute:
     @property
     def segments(self) -> Segments | Ungrouped | None:
         """This thread's batch."""
-        return self._here.segments
+        return self._here.segments if self._traced is None else self._traced
 
     @segments.setter
     def segments(self, segments: Segments | Ungrouped | None) -> None:
-        self._here.segments = segments
+        if torch.compiler.is_compiling():
+            self._traced = segments if isinstance(segments, Ungrouped) else None
+        else:
+            self._here.segments = segments
 
     @property
     def held(self) -> bool:
