@@ -37,7 +37,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """What :func:`attach_` is told, as a value that can be stored beside a model; see there for each option."""
+    """What :func:`attach_` is told, as a value that can be stored beside a model; see there for each option.
+
+    ``include`` names the paper's layers, the tower of this library's models; ``attach_`` by itself takes every linear layer.
+    """
 
     temperature: float = 16.0
     rank: int | None = None
