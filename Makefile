@@ -23,6 +23,7 @@ lint: $(STAMP)
 
 # Beside the peers, in an environment of its own; writes docs/benchmarks.md. BENCH=--quick for a short look.
 bench: $(PEERS)/.installed $(RAW)/.installed
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/foreign -W ignore
 	$(PEERS)/bin/python -W ignore benchmarks/run.py --movielens $(RAW) $(BENCH)
 
 clean:
@@ -41,5 +42,5 @@ $(RAW)/.installed: | $(STAMP)
 
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r benchmarks/requirements.txt scikit-learn
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r benchmarks/requirements.txt
 	touch $@
