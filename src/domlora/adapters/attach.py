@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from domlora.adapters.bank import adapter_layers, check_domain, is_adapter_parameter
+from domlora.adapters.bank import adapter_layers, check_domain, distinct_layers, is_adapter_parameter
 from domlora.adapters.lowrank import LowRankLinear, rank_for
 from domlora.adapters.root import DomainOf, close_route, find_reader, find_route, open_route
 from domlora.adapters.route import DomainRoute
@@ -143,7 +143,7 @@ def merge_(model: nn.Module, domain: int) -> nn.Module:
     plain = {id(layer): _plain(layer.base, domain, tied=tied[id(layer)]) for layer in layers.values()}
     close_route(model)  # before anything changes: it may refuse
     with torch.no_grad():
-        for layer in {id(layer): layer for layer in layers.values()}.values():
+        for layer in distinct_layers(model).values():
             weight, bias = layer.correction(domain)
             plain[id(layer)].weight.add_(weight)
             if bias is not None:

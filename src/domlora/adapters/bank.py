@@ -19,6 +19,7 @@ __all__ = [
     "add_domain_",
     "base_state",
     "check_domain",
+    "distinct_layers",
     "is_adapter_parameter",
     "load_rows_",
     "remove_domain_",
@@ -33,6 +34,11 @@ def adapter_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The adapted layers by name; a layer in two places has two names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, LowRankLinear)}
+
+
+def distinct_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Each adapted layer once, by the first of its names, as ``named_parameters`` counts."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -140,7 +146,7 @@ def remove_domain_(model: nn.Module, domain: int) -> nn.Module:
 
 
 def _layers_of_one_route(model: nn.Module) -> tuple[list[LowRankLinear], DomainRoute]:
-    layers = list({id(layer): layer for layer in adapter_layers(model).values()}.values())
+    layers = list(distinct_layers(model).values())
     route = layers[0].route
     if any(layer.route is not route for layer in layers):
         raise ConfigError(
@@ -195,16 +201,15 @@ def trainable_report(model: nn.Module) -> TrainableReport:
         >>> print(trainable_report(net))
         trainable 730 of 1,051 (69.46%): base 0 of 321, adapters 730 of 730 (5 domains x 146 in 2 layers)
     """
-    layers = adapter_layers(model)
+    layers = distinct_layers(model)
     sizes = {"base": 0, "base_trainable": 0, "adapters": 0, "adapters_trainable": 0}
     for name, parameter in model.named_parameters():
         kind = "adapters" if is_adapter_parameter(name) else "base"
         sizes[kind] += parameter.numel()
         sizes[f"{kind}_trainable"] += parameter.numel() if parameter.requires_grad else 0
     num_domains = next(iter(layers.values())).route.num_domains if layers else 0
-    once = {layer: name for name, layer in reversed(layers.items())}  # a layer in two places counts once
     per_layer = {
-        name: sum(getattr(layer, bank)[0].numel() for bank in _banks_of(layer)) for layer, name in once.items()
+        name: sum(getattr(layer, bank)[0].numel() for bank in _banks_of(layer)) for name, layer in layers.items()
     }
     return TrainableReport(**sizes, num_domains=num_domains, layers=per_layer)
 

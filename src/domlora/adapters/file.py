@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from domlora.adapters.bank import adapter_layers, base_state, load_rows_, rows_of
+from domlora.adapters.bank import adapter_layers, base_state, distinct_layers, load_rows_, rows_of
 from domlora.adapters.lowrank import LowRankLinear
 from domlora.errors import BundleError, DataError
 from domlora.files import new_folder
@@ -120,7 +120,7 @@ def write_adapter(model: nn.Module, domain: int, folder: Path, *, base: str | No
     config = _config(model)
     tensors = {
         _key(name, end): tensor.cpu().contiguous()
-        for name, layer in _layers(model).items()
+        for name, layer in distinct_layers(model).items()
         for end, tensor in _as_peft(rows, name, layer, config["lora_bias"]).items()
     }
     files = {
@@ -159,7 +159,7 @@ def load_adapter_(model: nn.Module, domain: int, folder: Path, *, base: str | No
         )
     _check_plain(stored.config)
     rest = dict(stored.tensors)
-    for name, layer in _layers(model).items():
+    for name, layer in distinct_layers(model).items():
         part = {end: rest.pop(_key(name, end)) for end in (_A, _B, _BIAS, _EXACT) if _key(name, end) in rest}
         if part:
             _check_part(name, layer, part)
@@ -180,11 +180,6 @@ class _Stored:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     base: str | None  # None: written by PEFT, which names no base
-
-
-def _layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Each adapted layer once, by the first of its names, as PEFT and ``named_parameters`` count."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def _joined(*parts: str) -> str:
@@ -214,7 +209,7 @@ def _as_peft(rows: Mapping[str, Tensor], name: str, layer: LowRankLinear, lora_b
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """A LoraConfig that names every layer in full and gives it its own rank and scale."""
-    layers = _layers(model)
+    layers = distinct_layers(model)
     ranks = {name: max(layer.rank, 1) for name, layer in layers.items()}
     alphas = {name: _alpha(layer) for name, layer in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))

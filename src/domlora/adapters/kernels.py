@@ -111,7 +111,7 @@ def correct_(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> list[T
     """Add corrections to ``out``; returns what the backward pass wants to know of each tile, ``x A_d``."""
     inner, scratch = [], _Scratch(x)
     with _one_thread(x.device):
-        for tile in segments.tiles if x.numel() else ():
+        for tile in _tiles(x, segments):
             piece = scratch.rows("x", x, tile)  # (n, in), or (G, n, in) for G domains of n rows each
             hidden = piece @ scratch.own("a", banks.a, tile)  # (n, R)
             shift = None if banks.bias is None else scratch.own("bias", banks.bias, tile)  # (out,) or (G, out)
@@ -127,19 +127,28 @@ def correct_backward_(
     segments: Segments,
     grad_x: Tensor | None,
     wanted: Sequence[bool],
-    inner: Sequence[Tensor | None],
+    inner: Sequence[Tensor] | None,
 ) -> tuple[Tensor | None, ...]:
-    """Add to ``grad_x``, and return the gradients of ``A``, ``B`` and the bias as far as they are ``wanted``."""
+    """Add to ``grad_x``, and return the gradients of ``A``, ``B`` and the bias as far as they are ``wanted``.
+
+    ``inner`` is what :func:`correct_` gave, or None to compute it again.
+    """
     shapes = (banks.a.shape, banks.b.shape, (banks.b.shape[0], banks.b.shape[2]))
     gradients = [
         _BankGradient(shape, segments, banks.sparse, banks.a) if want else None
         for want, shape in zip(wanted, shapes, strict=True)
     ]
-    scratch = _Scratch(grad)
+    scratch, tiles = _Scratch(grad), _tiles(x, segments)
+    known: Sequence[Tensor | None] = [None] * len(tiles) if inner is None else inner
     with _one_thread(x.device):
-        for tile, hidden in zip(segments.tiles if x.numel() else (), inner, strict=True):
+        for tile, hidden in zip(tiles, known, strict=True):
             _tile_backward(tile, grad, x, hidden, banks, scratch, gradients, grad_x)
     return tuple(None if gradient is None else gradient.whole() for gradient in gradients)
+
+
+def _tiles(x: Tensor, segments: Segments) -> tuple[Tile, ...]:
+    """What there is to compute: nothing where a middle axis has no length."""
+    return segments.tiles if x.numel() else ()
 
 
 def _tile_backward(

@@ -184,10 +184,6 @@ class LowRankLinear(nn.Module):
         banks = Banks(self.lora_A, self.lora_B, self.lora_bias, self.scale, self.sparse)
         if not isinstance(segments, Segments) or torch.compiler.is_compiling():
             return self._traced(x, banks, segments.domain)
-        return self._computed(x, banks, segments)
-
-    def _computed(self, x: Tensor, banks: Banks, segments: Segments) -> Tensor:
-        base = self.base
         if _is_plain(base) and _in_one_type(x, banks.a):
             # merging is for training alone: its products have fewer rows each, which moves the last bits
             merges = self.training and merging_pays(segments, x, base.out_features)

@@ -33,7 +33,7 @@ def merging_pays(segments: Segments, x: Tensor, out_features: int) -> bool:
 def merged_linear(x: Tensor, weight: Tensor, shared_bias: Tensor | None, banks: Banks, segments: Segments) -> Tensor:
     """``x (W + s A_d B_d) + b + c_d`` for each row's domain.
 
-    **Shape**: as :func:`corrected_linear`.
+    **Shape**: as :func:`domlora.adapters.kernels.corrected_linear`.
     """
     result: Tensor = _Merged.apply(x, weight, shared_bias, *banks, segments)  # type: ignore[no-untyped-call]
     return result

@@ -45,8 +45,7 @@ def _backward(
     segments = _segments(domain, bank_a.shape[0])
     grad_x = x.new_zeros(x.shape)
     banks = Banks(bank_a, bank_b, None, scale)
-    inner = [None] * (len(segments.tiles) if x.numel() else 0)
-    found = correct_backward_(grad.contiguous(), x, banks, segments, grad_x, (True, True, True), inner)
+    found = correct_backward_(grad.contiguous(), x, banks, segments, grad_x, (True, True, True), None)
     return grad_x, *(bank for bank in found if bank is not None)  # type: ignore[return-value]
 
 
@@ -81,23 +80,17 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 class _Last(threading.local):
     """The batch that this thread grouped last: all layers of a model ask for the same one."""
 
-    domain: Tensor | None = None
-    num_domains = 0
-    segments: Segments | None = None
+    known: tuple[Tensor, int, Segments] | None = None
 
 
 _last = _Last()
 
 
 def _segments(domain: Tensor, num_domains: int) -> Segments:
-    known = _last.segments
-    same = known is not None and _last.num_domains == num_domains and _last.domain is not None
-    if known is not None and same and _equal(domain, _last.domain):
-        return known
-    found = grouped(domain, num_domains)
-    _last.domain, _last.num_domains, _last.segments = domain.clone(), num_domains, found
-    return found
-
-
-def _equal(domain: Tensor, other: Tensor | None) -> bool:
-    return other is not None and domain.device == other.device and torch.equal(domain, other)
+    if _last.known is not None:
+        other, height, segments = _last.known
+        if height == num_domains and domain.device == other.device and torch.equal(domain, other):
+            return segments
+    segments = grouped(domain, num_domains)
+    _last.known = domain.clone(), num_domains, segments
+    return segments
