@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from domlora.adapters.kernels import Banks, add_corrections, corrected_linear
-from domlora.adapters.merging import merged_linear, merging_pays
 from domlora.adapters.route import DomainRoute, Segments, Ungrouped
 from domlora.adapters.traced import corrections
 from domlora.errors import ConfigError
@@ -185,9 +184,7 @@ class LowRankLinear(nn.Module):
         if not isinstance(segments, Segments) or torch.compiler.is_compiling():
             return self._traced(x, banks, segments.domain)
         if _is_plain(base) and _in_one_type(x, banks.a):
-            # merging is for training alone: its products have fewer rows each, which moves the last bits
-            merges = self.training and merging_pays(segments, x, base.out_features)
-            return (merged_linear if merges else corrected_linear)(x, base.weight, base.bias, banks, segments)
+            return corrected_linear(x, base.weight, base.bias, banks, segments)
         out: Tensor = base(x)
         if not _is_plain(base) or out._is_view() or not out.is_contiguous():
             out = out.clone(memory_format=torch.contiguous_format)  # somebody else may hold what would change in place

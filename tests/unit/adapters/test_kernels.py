@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,9 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from domlora.adapters import accelerator, cpu, kernels
 from domlora.adapters.kernels import Banks, add_corrections, corrected_linear
-from domlora.adapters.merging import merged_linear, merging_pays
 from domlora.adapters.route import grouped
+
+
+@pytest.fixture(autouse=True, scope="module", params=[cpu, accelerator], ids=["cpu", "accelerator"])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What an accelerator does, a CPU can do as well, if slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels._BACKENDS, "cpu", request.param)
+        yield
 
 
 class Case(NamedTuple):
@@ -107,12 +113,8 @@ def by_adding(c: Case) -> Tensor:
     return add_corrections(out, c.x, c.banks, grouped(c.domain, len(c.bank_a)))
 
 
-def by_merging(c: Case) -> Tensor:
-    return merged_linear(c.x, c.weight, c.shared_bias, c.banks, grouped(c.domain, len(c.bank_a)))
-
-
 Way = Callable[[Case], Tensor]
-WAYS = [by_corrections, by_adding, by_merging]
+WAYS = [by_corrections, by_adding]
 
 
 def upstream_of(out: Tensor) -> Tensor:
@@ -541,74 +543,10 @@ def test_cost_follows_the_domains_in_the_batch_and_not_the_bank(way: Way, shuffl
     c = case(domain, num_domains=10_000, width=(32, 16), rank=4, dtype=torch.float32)._replace(sparse=True)
     with Made([*c.tensors.values(), c.domain]) as made:
         way(c).sum().backward()
-    rows = max(90, 30 * 4, 30 * 16 if way is by_merging else 0) * 32  # activations, A of each domain, its merged weight
+    rows = max(90, 30 * 4) * 32  # activations, A of each domain
     assert 4 * 90 * 16 <= max(made.sizes) <= 4 * rows
     assert sum(made.sizes) < 4 * c.bank_a.numel() / 10
     for bank, width in ((c.bank_a, 32 * 4), (c.bank_b, 4 * 16), (c.bias, 16)):
         assert bank is not None
         assert bank.grad is not None
         assert bank.grad.values().numel() == 30 * width
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-class AtEachOperator(TorchDispatchMode):
-    def __init__(self, call: Callable[[], None]) -> None:
-        super().__init__()
-        self.call = call
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.call()
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_number_of_threads_is_afterwards_what_it_was(way: Way, two_threads: None) -> None:
-    c = case([2, 0, 1, -1] * 50)
-    way(c).sum().backward()
-    assert torch.get_num_threads() == 2
-    for fails_at in range(1, 30, 7):
-        count = iter(range(fails_at))
-        with contextlib.suppress(StopIteration, RuntimeError), AtEachOperator(lambda count=count: next(count)):  # type: ignore[misc]
-            way(c).sum().backward()
-        assert torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_thread_that_begins_meanwhile_has_its_full_number_of_threads(way: Way, two_threads: None) -> None:
-    """Where there are others that may begin one: a thread takes over what the process has at that moment, and keeps it."""
-    found: list[int] = []
-    end = threading.Event()
-    other = threading.Thread(target=end.wait, args=(30,))
-
-    def begin() -> None:
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-
-    other.start()
-    try:
-        with AtEachOperator(begin):
-            way(case([2, 0, 1, -1] * 50)).sum().backward()
-    finally:
-        end.set()
-        other.join()
-    assert set(found) == {2}
-
-
-def test_merging_pays_when_rows_are_many_and_domains_few() -> None:
-    def pays(rows: int, domains: int, middle: tuple[int, ...] = ()) -> bool:
-        segments = grouped(torch.arange(rows) % max(domains, 1), max(domains, 1))
-        return merging_pays(segments, torch.empty(rows, *middle, 24), 256)
-
-    assert pays(4096, 2)
-    assert not pays(40, 2)
-    assert not pays(4096, 1000)
-    assert pays(40, 2, (8,))  # rows of a middle axis are rows too
-    assert not pays(0, 0)

@@ -11,10 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from domlora.adapters.route import DomainRoute, Segments, grouped
+from domlora.adapters.route import DomainRoute, Segments, Ungrouped, grouped
 from domlora.errors import ConfigError, UnknownDomainError
 
-# spans
+
+def spans(segments: Segments | Ungrouped) -> list[tuple[int, int, int]]:
+    """Where each domain begins and ends among the sorted rows, and its number."""
+    assert isinstance(segments, Segments)
+    bounds = segments.bounds.tolist()
+    return list(zip(bounds[:-1], bounds[1:], segments.names.tolist(), strict=True))
+
+
+# grouping
 
 
 @pytest.mark.parametrize("num_domains", [0, -1])
@@ -43,7 +51,7 @@ def test_what_is_not_a_vector_of_integers_is_refused(domain: Any) -> None:
 def test_sorted_rows_are_left_where_they_are() -> None:
     segments = grouped(torch.tensor([-1, 0, 0, 3]), 4)
     assert segments.order is None
-    assert segments.spans == ((1, 3, 0), (3, 4, 3))
+    assert spans(segments) == [(1, 3, 0), (3, 4, 3)]
     assert segments.num_rows == 4
     assert segments.domains.tolist() == [0, 3]
 
@@ -52,14 +60,13 @@ def test_other_rows_are_sorted_and_equal_ones_keep_their_order() -> None:
     segments = grouped(torch.tensor([3, 0, -1, 0]), 4)
     assert segments.order is not None
     assert segments.order.tolist() == [2, 1, 3, 0]
-    assert segments.spans == ((1, 3, 0), (3, 4, 3))
+    assert spans(segments) == [(1, 3, 0), (3, 4, 3)]
 
 
 @pytest.mark.parametrize("domain", [[], [-1, -1]], ids=str)
 def test_rows_of_no_domain_are_in_no_span(domain: list[int]) -> None:
     segments = grouped(torch.tensor(domain, dtype=torch.int64), 2)
-    assert (segments.order, segments.spans, segments.num_rows) == (None, (), len(domain))
-    assert segments.tiles == ()
+    assert (segments.order, spans(segments), segments.num_rows) == (None, [], len(domain))
     assert segments.domains.shape == (0,)
 
 
@@ -77,7 +84,7 @@ def test_high_numbers_are_sorted_right(highest: int) -> None:
 @pytest.mark.parametrize("numbers", [[2, 0, 1, 2], [0, 1, 1, 2]], ids=str)
 def test_other_integer_types(dtype: torch.dtype, numbers: list[int]) -> None:
     found, expected = grouped(torch.tensor(numbers, dtype=dtype), 3), grouped(torch.tensor(numbers), 3)
-    assert found.spans == expected.spans
+    assert spans(found) == spans(expected)
     assert found.domains.dtype == torch.int64
     assert (found.order is None) == (expected.order is None)
     assert found.order is None or expected.order is None or torch.equal(found.order, expected.order)
@@ -91,12 +98,12 @@ def test_a_vector_with_strides_is_read_and_left_alone() -> None:
     assert torch.equal(wide, kept)
 
 
-# tiles
+# batches of every kind
 
 
 @st.composite
 def counts_of_rows(draw: st.DrawFn) -> list[int]:
-    """How many rows each domain of a batch has, in every regime that a tile can meet."""
+    """How many rows each domain of a batch has, in every regime."""
     regime = draw(st.sampled_from(["one", "few", "many", "even", "mixed"]))
     if regime == "one":
         return [draw(st.integers(1, 1500))]
@@ -121,42 +128,6 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, int]:
     return torch.from_numpy(domain), len(counts) * gap + draw(st.integers(0, 3))
 
 
-def check_tiles(segments: Segments, domain: Tensor) -> None:
-    seen = torch.zeros(len(domain), dtype=torch.int64)
-    places = []
-    for tile in segments.tiles:
-        rows = torch.arange(tile.start, tile.stop) if tile.rows is None else tile.rows
-        alone = tile.names is None or tile.places is None
-        names, among = (torch.tensor([tile.first]), torch.tensor([tile.place])) if alone else (tile.names, tile.places)
-        assert tile.size == len(names) == len(among)
-        assert alone == (tile.size == 1)
-        assert torch.equal(segments.domains[among], names)
-        assert (domain[rows.view(tile.size, -1)] == names[:, None]).all()
-        real = torch.ones(len(rows), dtype=torch.bool)
-        if tile.pads is not None:
-            assert 0 < len(tile.pads) == len(tile.pads.unique())
-            real[tile.pads] = False
-        assert real.view(tile.size, -1).any(1).all()
-        seen.index_add_(0, rows, real.long())
-        places.append(among)
-    assert torch.equal(seen, (domain >= 0).long())  # each row that has a domain once, a row of none never
-    if places:
-        assert torch.equal(torch.cat(places).sort().values, torch.arange(len(segments.spans)))
-
-
-@settings(deadline=None, max_examples=120, derandomize=True)
-@given(batches())
-def test_every_row_is_in_one_tile_once(batch: tuple[Tensor, int]) -> None:
-    domain, num_domains = batch
-    segments = grouped(domain, num_domains)
-    check_tiles(segments, domain)
-    for tile in segments.tiles:
-        area = tile.stop - tile.start if tile.rows is None else len(tile.rows)
-        assert tile.size <= 64
-        assert tile.size == 1 or area <= 512
-        assert tile.pads is None or 8 * len(tile.pads) <= area
-
-
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(batches())
 def test_spans_are_what_counting_gives(batch: tuple[Tensor, int]) -> None:
@@ -164,33 +135,14 @@ def test_spans_are_what_counting_gives(batch: tuple[Tensor, int]) -> None:
     segments = grouped(domain, num_domains)
     present, counts = (domain + 1).unique(return_counts=True)
     expected = {int(d) - 1: int(n) for d, n in zip(present, counts, strict=True) if d}
-    assert {d: stop - start for start, stop, d in segments.spans} == expected
+    assert {d: stop - start for start, stop, d in spans(segments)} == expected
     assert segments.domains.tolist() == sorted(expected)
     rows = domain if segments.order is None else domain[segments.order]
     assert torch.equal(rows, domain.sort().values)
     assert segments.order is None or torch.equal(segments.order, domain.sort(stable=True).indices)
-    ends = [int((domain < 0).sum()), *(stop for _, stop, _ in segments.spans)]
-    assert [start for start, *_ in segments.spans] == ends[:-1]
+    ends = [int((domain < 0).sum()), *(stop for _, stop, _ in spans(segments))]
+    assert [start for start, *_ in spans(segments)] == ends[:-1]
     assert ends[-1] == segments.num_rows == len(domain)
-
-
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_small_domains_share_tiles_and_large_ones_do_not(shuffled: bool) -> None:
-    """What tiles are for: a product for each of many small domains would cost its call and compute next to nothing."""
-    order = torch.randperm(4096, generator=torch.Generator().manual_seed(0)) if shuffled else torch.arange(4096)
-    small, large = grouped((torch.arange(4096) // 4)[order], 1024), grouped((torch.arange(4096) // 1024)[order], 4)
-    assert [tile.size for tile in large.tiles] == [1] * 4
-    assert len(small.tiles) == 16
-    assert (large.tiles[0].rows is None) == (not shuffled)
-
-
-def test_the_tiles_of_an_accelerator_are_few() -> None:
-    """It wants many domains in one product rather than what fits a core's cache; meta tensors have sizes and no values."""
-    domain = torch.arange(4096) // 8
-    here, there = grouped(domain, 512), grouped(domain, 512)
-    there.device = torch.device("meta")
-    assert [tile.size for tile in here.tiles] == [64] * 8
-    assert [tile.size for tile in there.tiles] == [512]
 
 
 # the cell
@@ -201,7 +153,7 @@ def test_filling_and_forgetting() -> None:
     assert route.segments is None
     route.fill(torch.tensor([0, 2]))
     assert route.segments is not None
-    assert route.segments.spans == ((0, 1, 0), (1, 2, 2))
+    assert spans(route.segments) == [(0, 1, 0), (1, 2, 2)]
     route.clear()
     assert route.segments is None
 
