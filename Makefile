@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-bench
 RAW := data/raw/movielens-100k-package
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-spark lint bench clean
 
 demo: $(STAMP) $(RAW)/.installed
 	$(BIN)/domlora study studies/demo.toml --raw $(RAW)
@@ -14,6 +14,11 @@ demo: $(STAMP) $(RAW)/.installed
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# Preparation on Spark, row for row beside DuckDB: needs Java 17 (Debian: apt-get install openjdk-17-jre-headless).
+test-spark: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,spark]"
+	PYSPARK_SUBMIT_ARGS="--conf spark.sql.shuffle.partitions=2 --conf spark.ui.enabled=false pyspark-shell" $(BIN)/pytest -m spark
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

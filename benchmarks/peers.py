@@ -33,6 +33,7 @@ from peer_models import DeepCTRTorch, Domlora, FuxiCTR, TorchRechub, Trained, de
 from rounds import Ratio, Timings, interleave, take_turns
 from torch import nn
 
+from domlora.config import load_plan
 from domlora.data.dataset import Dataset
 from domlora.data.prepare import prepare
 from domlora.evaluation.metrics import auc
@@ -71,7 +72,7 @@ class Plan:
 
 
 PLANS = {
-    "full": Plan(20.0, 7, 4, 4096, {10**4: (25, 50), 10**6: (3, 50)}, (DENSE, ADAPTED), (1, 2, 3), 200),
+    "full": Plan(20.0, 7, 4, 4096, {10**4: (25, 50), 10**6: (3, 50)}, (DENSE, ADAPTED), (1, 2, 3, 4, 5), 200),
     "quick": Plan(2.0, 3, 2, 4096, {10**4: (8, 16), 10**6: (1, 10)}, (), (1, 2, 3), 19),
     "smoke": Plan(0.0, 2, 1, 64, {100: (2, 2)}, (), (1, 2, 3), 1),
 }
@@ -234,8 +235,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def movielens(folder: Path, out: Path) -> tuple[Dataset, str]:
     """The task: is a rating a 5, from user, film, gender, age, occupation and zip code; the domain is the gender."""
     source = "movielens-1m" if any(folder.rglob("ratings.dat")) else "movielens-100k"
-    features = ("user_id", "item_id", "gender", "age", "occupation", "zip")
-    prepare(source, out, domain="gender", fractions=(0.8, 0.1, 0.1), features=features, raw=folder)
+    features = [f"features.{name}={{}}" for name in ("user_id", "item_id", "gender", "age", "occupation", "zip")]
+    prepare(load_plan(source, ["split.fractions=[0.8, 0.1, 0.1]", *features]), out, folder=folder)
     return Dataset.open(out), source
 
 

@@ -5,22 +5,20 @@ Heavy imports happen inside the verbs, so that ``--help`` is instant.
 
 from __future__ import annotations
 
-import math
+import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from domlora.errors import ConfigError, DomloraError
+from domlora.terminal import STDERR, STDOUT, bar, print_line, print_rows, print_table, training_bar
 
 if TYPE_CHECKING:
     from domlora.data.dataset import Dataset
-    from domlora.evaluation.evaluate import Table
-    from domlora.training.fit import Fit, OnProgress, Progress
+    from domlora.training.fit import Fit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +29,7 @@ app = typer.Typer(
 
 A first walk:
 
-    domlora prepare movielens-100k --domain gender --out data/ml-100k
+    domlora prepare movielens-100k --out data/ml-100k
 
     domlora pretrain --data data/ml-100k --out runs/base --set model.name=deepfm
 
@@ -60,7 +58,6 @@ Threads = Annotated[
 ]
 
 _INTERRUPTED = 130  # what Typer exits with after Ctrl-C
-_out, _err = Console(), Console(stderr=True)
 
 
 def main() -> None:
@@ -68,50 +65,95 @@ def main() -> None:
     try:
         app()
     except DomloraError as error:
-        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        STDERR.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            _err.print("interrupted; the same command goes on where it can", markup=False)
+            STDERR.print("interrupted; the same command goes on where it can", markup=False)
         raise
 
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="movielens-100k or movielens-1m.")],
+    source: Annotated[str, typer.Argument(help="A published data set by its name, or a TOML file of your own log.")],
     out: Out,
     domain: Annotated[
-        str, typer.Option(help="Column whose values are the domains: gender, age or occupation.")
-    ] = "gender",
-    label: Annotated[str, typer.Option(help="What counts as a click: `rating==5` as in the paper, or `rating>=4`.")] = (
-        "rating==5"
-    ),
-    split: Annotated[str, typer.Option(help="`random` (60/20/20 in each domain and label) or `time`.")] = "random",
-    seed: Annotated[int, typer.Option(help="Of the split and the order of rows.")] = 0,
+        str | None, typer.Option(help="Column whose values are the domains, if not the plan's. Same as columns.domain.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split and the order of rows. Same as split.seed.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the plan, such as split.kind=time; repeatable."),
+    ] = None,
     raw: Raw = None,
+    engine: Annotated[
+        str, typer.Option(help="`duckdb` on this machine, or `spark`: the same rows and ids.")
+    ] = "duckdb",
+    grow: Annotated[
+        Path | None, typer.Option(help="An earlier prepared folder or bundle: its ids stay, new values get new ones.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn raw files into a prepared dataset: encoded Parquet shards, vocabularies, schema and manifest."""
+    """Turn a log into a prepared dataset: encoded Parquet shards, vocabularies, schema and manifest.
+
+    Draft the TOML file of your own log with `domlora schema infer`.
+    """
+    from domlora.config import load_plan
     from domlora.data.prepare import prepare as run
 
-    with _bar() as bar:
-        manifest = run(
-            source,
-            out,
-            domain=domain,
-            label_rule=label,
-            split=split,  # type: ignore[arg-type]  # checked inside, with a message
-            seed=seed,
-            raw=raw,
-            overwrite=overwrite,
-            progress=bar,
-        )
-    for name, facts in manifest["splits"].items():
-        _out.print(f"{name:>6} {facts['rows']:>12,} rows", highlight=False)
-    for rule, count in manifest["dropped"].items():
-        if count:
-            _out.print(f"{count:>19,} rows dropped: {rule}", highlight=False)
-    _out.print(f"wrote {out}", highlight=False)
+    shortcuts = {"columns.domain": domain, "split.seed": seed}
+    extra = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    plan = load_plan(source, [*(settings or ()), *extra])
+    folder = raw if plan.source.name is not None else Path(source).parent
+    with bar() as shown:
+        manifest = run(plan, out, folder=folder, engine=engine, grow=grow, overwrite=overwrite, progress=shown)
+    print_rows(manifest)
+    STDOUT.print(f"wrote {out}", highlight=False)
+
+
+schema_app = typer.Typer(no_args_is_help=True, help="Describe the columns of your own log.")
+app.add_typer(schema_app, name="schema")
+
+
+@schema_app.command()
+def infer(
+    files: Annotated[list[Path], typer.Argument(help="Parquet, CSV or JSON lines files of one log.")],
+    out: Annotated[Path | None, typer.Option("--out", help="TOML file to write; printed without it.")] = None,
+) -> None:
+    """Draft the TOML file that `domlora prepare` reads, with comments on what was found; then edit it."""
+    from domlora.data.infer import draft
+
+    text = draft(files)
+    if out is None:
+        print(text, end="")
+        return
+    if out.exists():
+        raise ConfigError("the draft must not replace a file", received=str(out), next_step="Choose another --out")
+    _write("--out", out, text)
+    STDOUT.print(f"wrote {out}; look it over, then: domlora prepare {out} --out DIR", highlight=False, soft_wrap=True)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look into prepared data.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def describe(
+    data: Annotated[Path, typer.Argument(help="Folder that `domlora prepare` wrote.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with plots.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
+) -> None:
+    """Rows, click rate, users, items, coverage and overlap of each domain."""
+    from domlora.data.dataset import Dataset
+    from domlora.studies.describe import describe as run
+
+    found = run(Dataset.open(data))
+    STDOUT.print(found.to_markdown(), markup=False, highlight=False, soft_wrap=True)
+    if json_ is not None:
+        _write("--json", json_, json.dumps(found.to_dict(), indent=1))
+    if html is not None:
+        _write("--html", html, found.to_html())
+        STDOUT.print(f"wrote {html}", highlight=False)
 
 
 @app.command()
@@ -132,18 +174,22 @@ def pretrain(
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
     from domlora.training.stages import pretrain as run
+    from domlora.training.stages import with_vectors
 
     _refuse_existing(out, overwrite)
     _use_threads(threads)
     options = load_config(config, settings or ())
     rows = Dataset.open(data)
-    with _training_bar() as show:
+    with training_bar() as show:
         model, found = run(
             rows, options.model, options.train, method=method, checkpoint=_checkpoint(out), on_progress=show
         )
-    Bundle(model, options.model, rows.encoder, _facts(method, rows, found)).save(out, overwrite=overwrite)
+    made = with_vectors(options.model, rows)
+    Bundle(model, made, rows.encoder, _facts(method, rows, found)).save(out, overwrite=overwrite)
     _drop_checkpoint(out)
-    _out.print(f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False)
+    STDOUT.print(
+        f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False
+    )
 
 
 @app.command()
@@ -171,14 +217,14 @@ def adapt(
     options = load_config(config, settings or ()).train
     opened, rows = Bundle.open(bundle), Dataset.open(data)
     _check_same_encoder(opened, rows)
-    with _training_bar() as show:
+    with training_bar() as show:
         found = run(opened.model, rows, options, method=method, checkpoint=_checkpoint(out), on_progress=show)
     facts = {**_facts(method, rows, found), "base": opened.facts}
     adapted = Bundle(opened.model, opened.model_options, opened.encoder, facts)
     adapted.save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     start = found.history[0][options.adapt.fit.monitor]
-    _out.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
+    STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
 
 
 @app.command()
@@ -190,8 +236,6 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
 ) -> None:
     """Score a split: AUC, log loss and calibration in each domain and over all."""
-    import json
-
     from domlora.adapters.root import disabled
     from domlora.bundle import Bundle
     from domlora.data.dataset import Dataset
@@ -204,12 +248,9 @@ def evaluate(
     with disabled(opened.model) if base else nullcontext():
         said = predict(opened.model, rows.batches(split, 16384))
     table = by_domain(said, rows.schema.domains)
-    _print_table(table)
+    print_table(table)
     if json_ is not None:
-        try:
-            json_.write_text(json.dumps(table.to_dict(), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--json must name a file that can be written ({error})", received=str(json_)) from error
+        _write("--json", json_, json.dumps(table.to_dict(), indent=1))
 
 
 @app.command()
@@ -229,8 +270,8 @@ def study(
     plan = parse(Study, with_settings(read_toml(config), settings or ()))
     folder = out or Path("runs") / plan.name
     command = " ".join(["domlora study", config.as_posix(), *(f"--set '{setting}'" for setting in settings or ())])
-    results = run_study(plan, folder, raw=raw, jobs=jobs or os.cpu_count() or 1, command=command, on_result=_print_line)
-    _out.print(f"results in {results}\nmake the page with: domlora report {folder}", highlight=False, soft_wrap=True)
+    results = run_study(plan, folder, raw=raw, jobs=jobs or os.cpu_count() or 1, command=command, on_result=print_line)
+    STDOUT.print(f"results in {results}\nmake the page with: domlora report {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -258,8 +299,15 @@ def report(
     facts = read_facts(folder)
     heading = title or facts["title"]
     write_report(results, out, markdown=markdown, csv=csv, title=heading, command=facts["command"])
-    _out.print(to_markdown(tabulate(results)), markup=False, highlight=False, soft_wrap=True)
-    _out.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    STDOUT.print(to_markdown(tabulate(results)), markup=False, highlight=False, soft_wrap=True)
+    STDOUT.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} must name a file that can be written ({error})", received=str(path)) from error
 
 
 def _facts(method: str, rows: Dataset, found: Fit) -> dict[str, Any]:
@@ -301,48 +349,3 @@ def _drop_checkpoint(out: Path) -> None:
     import shutil
 
     shutil.rmtree(_checkpoint(out), ignore_errors=True)
-
-
-def _print_table(table: Table) -> None:
-    _out.print(table.to_markdown(), markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_line(line: dict[str, Any]) -> None:
-    wauc = "   -  " if line["wauc"] is None else f"{100 * line['wauc']:6.2f}"
-    where = f"{line['dataset']:<20} {line['model']:<10} {line['method']:<10} seed {line['seed']}"
-    _out.print(f"{where}  test WAUC {wauc}", highlight=False)
-
-
-def _bar() -> Any:
-    from rich.progress import Progress
-
-    return Progress(console=_err, disable=not _err.is_terminal, transient=True)
-
-
-@contextmanager
-def _training_bar() -> Iterator[OnProgress]:
-    """A bar with rows/s and the validation figure; a plain line an epoch when nobody watches."""
-    if not _err.is_terminal:
-        last = [-1]
-
-        def line(at: Progress) -> None:
-            if at.rows == at.total_rows and at.value is not None and at.epoch != last[0]:
-                last[0] = at.epoch
-                _err.print(_said(at), highlight=False)
-
-        yield line
-        return
-    with _bar() as bar:
-        task = bar.add_task("train", total=None)
-
-        def show(at: Progress) -> None:
-            bar.update(task, total=at.total_rows, completed=at.rows, description=_said(at))
-
-        yield show
-
-
-def _said(at: Progress) -> str:
-    value = "-" if at.value is None else f"{at.value:.5f}"
-    if math.isnan(at.loss):  # the starting point, before any step
-        return f"start    valid {value}"
-    return f"epoch {at.epoch}  loss {at.loss:.5f}  valid {value}  {at.rows_per_second:,.0f} rows/s"

@@ -15,10 +15,12 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from domlora.data.plan import Plan
+from domlora.data.sources import presets
 from domlora.errors import ConfigError, DomloraError, nearest
 from domlora.training.stages import Recipe
 
-__all__ = ["Config", "load_config", "merged", "parse", "read_toml", "with_settings"]
+__all__ = ["Config", "load_config", "load_plan", "merged", "parse", "read_toml", "with_settings"]
 
 T = TypeVar("T")
 
@@ -44,6 +46,23 @@ def load_config(path: Path | None, settings: Sequence[str] = ()) -> Config:
     """
     table = merged({"model": Config().model}, {} if path is None else read_toml(path))
     return parse(Config, with_settings(table, settings))
+
+
+def load_plan(source: str, settings: Sequence[str] = ()) -> Plan:
+    """The plan of a published data set by its name, or of one's own log by the path of a TOML file.
+
+    Raises:
+        ConfigError: no such name or file, unknown key, or a value of the wrong type or range.
+    """
+    known = presets()
+    path = known.get(source) or Path(source)
+    if source not in known and path.suffix != ".toml":
+        raise ConfigError(
+            "a source is the name of a data set or a TOML file of one's own",
+            received=source,
+            next_step=nearest(source, known),
+        )
+    return parse(Plan, with_settings(read_toml(path), settings))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

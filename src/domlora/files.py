@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -26,7 +28,8 @@ def sha256_of(path: Path) -> str:
 def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.json") -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out``, complete and on disk, when the block ends well.
 
-    When the block fails or is interrupted, nothing is left behind and a former ``out`` stays as it was.
+    When the block fails or is interrupted, nothing is left behind and a former ``out`` stays as it was. What a process that
+    was killed has left there goes with the next attempt.
 
     Args:
         out: where the folder will be; its parents are made.
@@ -44,7 +47,9 @@ def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.js
             f"only a folder with a {marker} is replaced", received=str(out), next_step="Choose another folder"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    held = _hold(work)
     try:
         fresh = work / "new"  # made by mkdir and not by mkdtemp, whose folders nobody else may read
         fresh.mkdir()
@@ -53,6 +58,31 @@ def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.js
         _put(fresh, out, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A lock on a folder that the system lets go when the process ends, however it ends; None if another one holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Temporary folders of the same ``out`` whose process is gone. A former ``out`` among them is brought back."""
+    for work in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        held = _hold(work) if work.is_dir() else None
+        if held is None:
+            continue
+        if (work / "old").exists() and not out.exists():
+            (work / "old").rename(out)
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(held)
 
 
 def _put(fresh: Path, out: Path, old: Path) -> None:

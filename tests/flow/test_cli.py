@@ -90,7 +90,7 @@ def test_study_resumes_and_reports(raw: Path, tmp_path: Path, capsys: pytest.Cap
         seeds = [1, 2]
         [datasets.small]
         source = "movielens-100k"
-        domain = "gender"
+        settings = ["columns.domain=gender"]
         [config.model]
         hidden_units = [8]
         [config.train.pretrain.fit]

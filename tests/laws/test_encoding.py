@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-import ibis
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from domlora.config import parse
 from domlora.data.dataset import SPLITS, Dataset
+from domlora.data.plan import Plan
 from domlora.data.prepare import prepare
-from domlora.data.sources import RawTable
 
 NAN, INF = float("nan"), float("inf")
 TEXTS = [
@@ -51,19 +53,23 @@ ODD = {
 NUMBERS = ("large", "double", "single")
 
 
-def check(columns: dict[str, pa.Array], folder: Path, numeric: tuple[str, ...] = (), seed: int = 0) -> None:
+def check(
+    columns: dict[str, pa.Array], folder: Path, numeric: tuple[str, ...] = (), seed: int = 0, **features: dict[str, Any]
+) -> None:
     """Prepare the columns, find each written row again by its number, and encode it by itself."""
     rows = len(next(iter(columns.values())))
     table = pa.table({"row": pa.array(range(rows)), "rating": pa.array([5, 1, 4] * rows)[:rows], **columns})
-    raw = RawTable(
-        name="odd",
-        table=ibis.duckdb.connect().create_table("odd", ibis.memtable(table)),
-        key=("row",),
-        features=("row", *(name for name in columns if name != "domain")),
-        domains=("domain",),
-        user="user",
-    )
-    prepare(raw, folder, domain="domain", numeric=("row", *numeric), seed=seed)
+    folder.parent.mkdir(exist_ok=True)
+    pq.write_table(table, folder.parent / "odd.parquet")
+    kinds = {name: {"kind": "numeric"} if name in ("row", *numeric) else {} for name in ("row", *columns)}
+    plan = {
+        "source": {"files": ["odd.parquet"], "key": ["row"]},
+        "columns": {"domain": "domain", "label": "rating", "label_rule": "== 5", "user": "user"},
+        "features": {**{name: kind for name, kind in kinds.items() if name != "domain"}, **features},
+        "split": {"seed": seed},
+        "max_quarantine": 1.0,
+    }
+    prepare(parse(Plan, plan), folder, folder=folder.parent)
     dataset = Dataset.open(folder)
     row = next(feature for feature in dataset.schema.numeric if feature.name == "row")
     for split in SPLITS:
@@ -110,6 +116,31 @@ def test_odd_numbers(name, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["text", "double", "flag"])
 def test_odd_domains(name, tmp_path) -> None:
     check({"domain": ODD[name], "user": ODD["text"]}, tmp_path / "out")
+
+
+LISTS = [["a", " b", None, ""], [], None, ["c"] * 5, ["é", "e\u0301", "a"], ["nowhere else"]]
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"kind": "sequence", "columns": ["seen"], "max_length": 3},
+        {"kind": "sequence", "columns": ["seen"], "max_length": 2, "hash_buckets": 5},
+        {"kind": "sequence", "columns": ["seen"], "max_length": 4, "share": "text"},
+        {"kind": "sequence", "columns": ["text"], "max_length": 4, "separator": "a"},
+        {"kind": "sequence", "columns": ["text"], "max_length": 4},
+        {"kind": "bucketed", "columns": ["double"], "buckets": 4},
+        {"kind": "numeric", "columns": ["double"], "transform": "log1p", "missing": True},
+        {"columns": ["text", "double"]},
+        {"columns": ["double", "small", "text"], "hash_buckets": 7},
+        {"columns": ["text"], "min_count": 3},
+    ],
+    ids=str,
+)
+def test_odd_values_of_every_kind_of_feature(feature, tmp_path) -> None:
+    columns = {name: ODD[name] for name in ("text", "double", "small")}
+    columns |= {"seen": pa.array(LISTS * 9), "user": ODD["small"], "domain": ODD["flag"]}
+    check(columns, tmp_path / "out", f=feature, seen={"kind": "sequence", "max_length": 2})
 
 
 def test_odd_values_of_every_type(tmp_path) -> None:

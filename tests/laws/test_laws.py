@@ -31,6 +31,8 @@ SCHEMA = Schema(
         Feature("user", num_ids=12),
         Feature("item", num_ids=9),
         Feature("domain", num_ids=2 + len(DOMAINS)),
+        Feature("past", "sequence", num_ids=9, share="item", max_length=3),
+        Feature("hour", "bucketed", num_ids=5, boundaries=(8.0, 18.0)),
         Feature("age", "numeric"),
         Feature("price", "numeric"),
     ),
@@ -60,8 +62,10 @@ class Mortal:
     def fingerprint(self) -> str:
         return self.data.fingerprint()
 
-    def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
-        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch):
+    def batches(
+        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+    ) -> Iterator[Batch]:
+        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch, start=start):
             if split == "train":
                 self.left -= 1
                 if self.left < 0:
@@ -74,8 +78,11 @@ def rows(num_rows: int, seed: int) -> Batch:
     domain = torch.randint(0, len(DOMAINS), (num_rows,), generator=random)
     ids = [torch.randint(0, f.num_ids, (num_rows,), generator=random) for f in SCHEMA.categorical[:2]]
     dense = torch.randn(num_rows, 2, generator=random)
+    past = torch.randint(1, 9, (num_rows, 3), generator=random)
+    past[torch.arange(3) >= torch.arange(num_rows).unsqueeze(1) % 4] = 0  # of every length, none too
+    hour = torch.randint(0, 5, (num_rows, 1), generator=random)
     label = (torch.rand(num_rows, generator=random) < torch.sigmoid(dense[:, 0] + 0.2 * ids[0] - 1)).float()
-    return Batch(torch.stack([*ids, domain + 2], 1), dense, domain, label)
+    return Batch(torch.cat([torch.stack([*ids, domain + 2], 1), past, hour], 1), dense, domain, label)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,9 @@ def scrambled(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=random, dtype=torch.float64).to(parameter))
+        if hasattr(model, "senet"):  # its bottleneck of one relu silences each feature in half of all starts
+            for parameter in model.senet.parameters():
+                parameter.abs_()
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.add_(torch.rand(buffer.shape, generator=random, dtype=torch.float64).to(buffer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from domlora.errors import DataError
 
-__all__ = ["cells", "coded", "engine_errors", "join", "joined", "plain", "stored"]
+__all__ = ["cells", "coded", "coded_together", "engine_errors", "in_order", "join", "joined", "plain", "size", "stored"]
 
-Code = Callable[[Any], int | None]
+Code = Callable[[Any], int | str | None]
 
 
 @contextmanager
@@ -77,8 +77,40 @@ def coded(rows: Any, keys: pa.Table, name: str, code: str, function: Code, kind:
     return join(rows, ibis.memtable(pa.table({name: distinct, code: numbers})), [name])
 
 
+def coded_together(
+    rows: Any,
+    keys: pa.Table,
+    names: list[str],
+    code: str,
+    function: Callable[[list[Any]], int | None],
+    kind: pa.DataType,
+) -> Any:
+    """As :func:`coded`, of several columns at once; null where one of them is null."""
+    distinct = keys.select(names).to_pylist()
+    numbers = pa.array([function([row[name] for name in names]) for row in distinct], kind)
+    return join(rows, ibis.memtable(keys.select(names).append_column(code, numbers)), names)
+
+
 def join(rows: Any, table: Any, names: list[str]) -> Any:
     """A left join on columns of the same names, which the result holds once."""
     table = table.rename({f"__on_{name}": name for name in names})
     pairs = [rows[name] == table[f"__on_{name}"] for name in names]
     return rows.left_join(table, pairs).drop(*(f"__on_{name}" for name in names))
+
+
+def in_order(rows: Any, *first: str, among: Sequence[str] | None = None) -> list[Any]:
+    """What to sort by: some columns, then the others, nulls last; so that rows that tie are alike.
+
+    Args:
+        rows: a table.
+        first: the columns that matter; the others only tell rows apart that are equal in these.
+        among: the others; all by default. Lists and other nested ones are left out.
+    """
+    kinds = rows.schema()
+    rest = [name for name in sorted(among or rows.columns) if name not in first and not kinds[name].is_nested()]
+    return [rows[name].asc(nulls_first=False) for name in (*first, *rest)]
+
+
+def size(rows: Any) -> int:
+    """How many rows there are."""
+    return int(rows.count().to_pyarrow().as_py())

@@ -32,7 +32,9 @@ class Archive:
         title: its name for messages.
         folder: the folder inside the archive, also the folder's name in the cache.
         layouts: sets of file names, each of which is enough; the first is the archive's own.
-        url, md5: the archive and its checksum, both as published.
+        url, md5: the archive and its checksum, both as published; empty where the publisher has no lasting address.
+        publisher: who hands out the files, for messages.
+        wanted: what to say is needed, where all names of all layouts would be a long list.
         terms: a file of the archive with its terms of use, kept beside the data.
         inner: further folders below a given one in which a layout may lie.
     """
@@ -40,8 +42,10 @@ class Archive:
     title: str
     folder: str
     layouts: tuple[tuple[str, ...], ...]
-    url: str
-    md5: str
+    url: str = ""
+    md5: str = ""
+    publisher: str = ""
+    wanted: str = ""
     terms: str = "README"
     inner: tuple[str, ...] = ()
 
@@ -66,15 +70,17 @@ def find_raw(archive: Archive, raw: Path | None = None, progress: Progress | Non
         found = _look(archive, raw.expanduser())
         if not found:
             raise DataError(
-                f"{archive.title} needs {_wanted(archive)}",
+                f"{archive.title} needs {_wanted(archive)}{_absent(archive, raw.expanduser())}",
                 received=str(raw),
-                next_step="Pass the folder that holds them",
+                next_step=f"Pass the folder that holds them{_from(archive)}",
             )
         return found
     named = os.environ.get("DOMLORA_DATA")
     for folder in [*([Path(named).expanduser()] if named else []), cache_folder()]:
         if found := _look(archive, folder):
             return found
+    if not archive.url:
+        raise DataError(f"{archive.title} is not on this machine and is not fetched", next_step=_advice(archive))
     _download(archive, progress)
     return _look(archive, cache_folder())
 
@@ -89,7 +95,28 @@ def _look(archive: Archive, folder: Path) -> tuple[Path, ...]:
 
 
 def _wanted(archive: Archive) -> str:
-    return " or ".join(" and ".join(layout) for layout in archive.layouts)
+    return archive.wanted or " or ".join(" and ".join(layout) for layout in archive.layouts)
+
+
+def _from(archive: Archive) -> str:
+    return f" (from {archive.publisher})" if archive.publisher else ""
+
+
+def _advice(archive: Archive) -> str:
+    target = cache_folder() / archive.folder
+    return f"Put {_wanted(archive)}{_from(archive)} into {target}, or name their folder with --raw or DOMLORA_DATA"
+
+
+def _absent(archive: Archive, folder: Path) -> str:
+    """What a folder lacks that holds a part of a layout."""
+    partly: list[list[str]] = []
+    for inside in (".", archive.folder, *archive.inner):
+        for layout in archive.layouts:
+            missing = [name for name in layout if not (folder / inside / name).is_file()]
+            if len(missing) < len(layout):
+                partly.append(missing)
+    fewest: list[str] = min(partly, key=len, default=[])
+    return f", and there is no {', no '.join(fewest)}" if fewest else ""
 
 
 def _download(archive: Archive, progress: Progress | None) -> None:
@@ -108,7 +135,7 @@ def _download(archive: Archive, progress: Progress | None) -> None:
             return  # another process was faster
         raise DataError(
             f"{archive.title} is not on this machine and could not be fetched from {archive.url} ({error})",
-            next_step=f"Put {_wanted(archive)} into {target}, or name their folder with --raw or DOMLORA_DATA",
+            next_step=_advice(archive),
         ) from error
 
 

@@ -1,328 +1,340 @@
-"""Raw rows → a prepared folder: splits, vocabularies, encoded shards, manifest.
+"""A log → a prepared folder: usable rows, filters, negatives, splits, vocabularies, encoded shards, manifest.
 
 One rule keeps offline and online alike: whatever gives a value its meaning (canonical text, label, id, user number) is done
-by the same Python functions that the server calls, once for each *distinct* value; the engine only counts, joins, ranks and
-sorts. It needs nothing but grouping, joins, ``row_number``, ``md5`` and text concatenation, which every engine has and
-computes alike, so the same seed gives the same rows on each.
+by the same Python functions that the server calls, once for each distinct value; the engine only counts, joins, ranks and
+samples, with expressions that every engine computes alike, so the same seed gives the same rows on each.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import ibis
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from domlora.data.dataset import DOMAIN_COLUMN, FORMAT, FORMAT_VERSION, LABEL_COLUMN, SPLITS, USER_COLUMN
-from domlora.data.expressions import cells, coded, engine_errors, join, joined, plain, stored
-from domlora.data.sources import LabelRule, RawTable, open_source
-from domlora.errors import ConfigError, DataError, SchemaError, nearest
-from domlora.features.encode import (
-    ABSENT_USER,
-    Encoder,
-    canonical_text,
-    fit_numeric,
-    fit_vocabulary,
-    standardise,
-    user_number,
-)
-from domlora.features.schema import FIRST_ID, OOV_ID, PAD_ID, Feature, Schema
+from domlora.data.checks import check_columns, check_plan, needed
+from domlora.data.columns import ColumnEncoder
+from domlora.data.dataset import FORMAT, FORMAT_VERSION
+from domlora.data.engine import Engine, open_engine
+from domlora.data.expressions import cells, coded, coded_together, joined, plain
+from domlora.data.filters import filtered
+from domlora.data.fitting import fit_encoder
+from domlora.data.labels import LabelRule, zero_or_one
+from domlora.data.negatives import sampled
+from domlora.data.plan import Plan
+from domlora.data.quarantine import NUMBER, Quarantine
+from domlora.data.raw import RawTable
+from domlora.data.readers import open_log
+from domlora.data.shuffle import ORDER_COLUMN, Piles
+from domlora.data.sources import open_source
+from domlora.data.split import SPLITS, with_split
+from domlora.data.vectors import write_vectors
+from domlora.errors import SchemaError
+from domlora.features.encode import Encoder
+from domlora.features.text import canonical_text, domain_text
 from domlora.files import new_folder, sha256_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Split", "prepare"]
+__all__ = ["prepare"]
 
-Split = Literal["random", "time"]
 Step = Callable[[str], None]
-
-_HASH, _SPLIT, _POSITION, _KEY = "__hash", "__split", "__position", "__key"
-_LABEL = "label"  # the schema's name for the 0/1 column that a label rule makes
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What was asked for, checked; goes into the manifest as it is."""
-
-    domain: str
-    features: tuple[str, ...]
-    numeric: tuple[str, ...]
-    label_rule: str
-    split: Split
-    fractions: tuple[float, float, float]
-    seed: int
-    shard_rows: int
-
-    def __post_init__(self) -> None:
-        if self.split not in get_args(Split):
-            raise ConfigError("unknown split", received=self.split, next_step=nearest(str(self.split), get_args(Split)))
-        shares = tuple(self.fractions)
-        if (
-            len(shares) != 3
-            or not all(0 <= share <= 1 for share in shares)
-            or abs(sum(shares) - 1) > 1e-9
-            or not shares[0]
-        ):
-            raise ConfigError("fractions must be three shares (train, valid, test) that sum to 1", received=shares)
-        if self.shard_rows < 1:
-            raise ConfigError("shard_rows must be at least 1", received=self.shard_rows)
-
-    @property
-    def categorical(self) -> tuple[str, ...]:
-        return tuple(name for name in self.features if name not in self.numeric)
+_LABEL = "label"  # the schema's name for the 0/1 column that a rule makes
 
 
 def prepare(
-    source: str | RawTable,
+    plan: Plan,
     out: Path | str,
     *,
-    domain: str,
-    label_rule: str = "rating==5",
-    split: Split = "random",
-    fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
-    seed: int = 0,
-    features: Sequence[str] | None = None,
-    numeric: Sequence[str] = (),
-    raw: Path | None = None,
-    shard_rows: int = 1 << 20,
+    folder: Path | None = None,
+    engine: str = "duckdb",
+    grow: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Split, encode and write a data set; the folder appears complete or not at all.
-
-    * **order**: rows are ordered by ``md5(f"{seed}:{key}:{k}")``, with ``key`` the texts of the key columns joined by ``|``
-      and ``k`` counting rows with the same key from 0.
-    * **random split**: within each (domain, label) the first rows of that order train, the next validate, the last test;
-      cuts at ``floor(n * share + 0.5)``.
-    * **time split**: the same cuts within each domain, ordered by time.
-    * **vocabularies** hold the values of the training split, frequent first.
+    """Split, encode and write a log; the folder appears complete or not at all.
 
     Args:
-        source: a name in ``SOURCES`` or a raw table of your own.
-        out: the folder to make.
-        domain: the raw column whose values are the domains. Each value with rows is one; order by text, or by number
-            when all are integers.
-        label_rule: ``rating OP number``.
-        split: ``random`` (the paper's) or ``time`` (closer to production: no row is older than the ones trained on).
-        fractions: shares of train, valid and test.
-        seed: changes the split and the order of rows, nothing else.
-        features: input columns; by default the source's own and the domain.
-        numeric: those features that are numbers to standardise and not names.
-        raw: the folder of the raw files of a named source.
-        shard_rows: rows a file; also the most rows held in memory by Python.
+        plan: what the log is and what is wanted of it.
+        out: the folder to write.
+        folder: of one's own log the folder that its paths start from; of a published source the folder of its raw files
+            (else ``$DOMLORA_DATA``, the cache or a download).
+        engine: ``duckdb`` or ``spark``; both give the same rows, splits and ids.
+        grow: an earlier prepared folder or bundle whose ids, domains and scales stay as they are; new values get new ids.
         overwrite: replace a prepared folder.
-        progress: shows the steps.
+        progress: shows the steps, and rows as they are written.
 
     Returns:
-        The manifest: options, rows in and out (for each split, domain and label), dropped rows by rule, sha256 of
-        every file, fingerprint of the encoder. It holds no time and no path, so equal inputs give equal bytes.
+        The manifest: the plan, every row accounted for (``in + sampled = kept + dropped + quarantined``), rows of each
+        split, domain and label, sha256 of every file, fingerprint of the encoder. It holds no time and no path, so equal
+        inputs give equal bytes.
 
     Raises:
-        ConfigError: an option is not valid for this source.
-        DataError: raw files are missing or damaged, no row is left, or ``out`` exists.
+        ConfigError: the plan is not valid for this source.
+        DataError: raw files are missing or damaged, too many rows are unusable, no row is left, or ``out`` exists.
         SchemaError: a column has a type that cannot be used.
     """
-    rule = LabelRule.parse(label_rule)
-    table = source if isinstance(source, RawTable) else open_source(source, raw, progress)
-    options = _Options(
-        domain=domain,
-        features=tuple(features if features is not None else dict.fromkeys((*table.features, domain))),
-        numeric=tuple(numeric),
-        label_rule=str(rule),
-        split=split,
-        fractions=fractions,
-        seed=seed,
-        shard_rows=shard_rows,
-    )
-    _check(table, options)
-    step = _steps(progress, table.name)
-    with engine_errors(table.name), new_folder(Path(out), overwrite=overwrite) as folder:
-        return _Preparation(table, options, rule, folder, step).run()
+    plan = plan.complete()
+    check_plan(plan)
+    known = None if grow is None else Encoder.open(grow)
+    step = _steps(progress, plan.source.name or "the log")
+    with new_folder(Path(out), overwrite=overwrite) as fresh, open_engine(engine, fresh.parent) as opened:
+        step("read")
+        raw = _raw(opened, plan, folder, progress)
+        return _Preparation(opened, raw, plan, fresh, known, step, progress).run()
+
+
+def _raw(engine: Engine, plan: Plan, folder: Path | None, progress: Progress | None) -> RawTable:
+    source = plan.source
+    if source.name is not None:
+        return open_source(engine, source.name, folder, source.options, progress)
+    return open_log(engine, source, folder or Path(), needed(plan), progress)
 
 
 class _Preparation:
     """The steps of one :func:`prepare`, in the order of their methods."""
 
-    def __init__(self, raw: RawTable, options: _Options, rule: LabelRule, folder: Path, step: Step) -> None:
-        self.raw, self.options, self.rule, self.folder, self.step = raw, options, rule, folder, step
-        self.dropped = {"rating missing or not a number": 0, "domain missing": 0}
-        if options.split == "time":
-            self.dropped["time missing"] = 0
+    def __init__(
+        self,
+        engine: Engine,
+        raw: RawTable,
+        plan: Plan,
+        out: Path,
+        known: Encoder | None,
+        step: Step,
+        progress: Progress | None,
+    ) -> None:
+        self.engine, self.raw, self.plan, self.out = engine, raw, plan, out
+        self.known, self.step, self.progress = known, step, progress
+        self.dropped: dict[str, int] = {}
+        self.domains: tuple[str, ...] = ()
+        self.label: Callable[[Any], int | None] = zero_or_one
+        if plan.columns.label_rule is not None:
+            self.label = LabelRule.parse(plan.columns.label_rule)
 
     def run(self) -> dict[str, Any]:
-        self.step("read")
-        rows = self.hashed()
-        self.step("split")
-        groups = cells(rows, [self.raw.rating, self.options.domain], rows[self.time].notnull() if self.time else None)
-        rows, domains = self.divided(rows, groups)
-        self.step("encode")
-        rows, encoder = self.encoded(rows, domains)
+        rows = self.typed()
+        rows, rows_in, quarantined = self.usable(rows)
+        self.step("filter")
+        rows = self.filtered(rows)
+        rows, sampled_rows = self.divided(rows)
+        self.step("count values")
+        sizes, domains = self.sizes(rows)
+        encoder = self.fitted(rows, sizes)
         self.step("write")
-        encoder.save(self.folder)
-        splits = self.written(rows, encoder)
+        encoder.save(self.out)
+        files = self.written(rows, encoder, sizes)
+        vectors = write_vectors(self.plan, encoder, self.raw.folder, self.out)
+        rows_of = {"in": rows_in, "quarantined": quarantined, "dropped": self.dropped, "sampled": sampled_rows}
+        rows_of["kept"] = kept = sum(sizes.values())
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "library_version": version("domlora"),
             "source": self.raw.name,
             "inputs": dict(self.raw.inputs),
-            "options": asdict(self.options),
-            "rows_in": sum(groups.column("__size").to_pylist()),
-            "dropped": self.dropped,
-            "splits": splits,
+            "plan": asdict(self.plan),
+            "rows": {
+                "in": rows_in,
+                "quarantined": quarantined,
+                "dropped": self.dropped,
+                "sampled": sampled_rows,
+                "kept": kept,
+            },
+            "splits": {s: {"rows": sizes[s], "domains": domains[s], "files": files[s]} for s in SPLITS},
+            "vectors": vectors,
             "encoder_fingerprint": encoder.fingerprint(),
-            "files": _facts(self.folder),
+            "files": _facts(self.out),
         }
+        if rows_in + sampled_rows != kept + sum(self.dropped.values()) + sum(quarantined.values()):
+            raise AssertionError(f"rows are not accounted for: {rows_of}")
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (self.folder / "manifest.json").write_text(text, encoding="utf-8")
+        (self.out / "manifest.json").write_text(text, encoding="utf-8")
         return dict(json.loads(text))
 
-    def hashed(self) -> Any:
-        """The needed columns, each row with its hash."""
-        raw, options = self.raw, self.options
-        names = dict.fromkeys([*raw.key, *options.features, options.domain, raw.rating, raw.user, raw.time])
-        rows = raw.table.select(**{name: plain(raw.table[name]) for name in names if name is not None})
-        # rows with one key are told apart by their other columns; rows equal in all columns are interchangeable
-        order = list(rows.columns)
-        rows = rows.mutate(**{_KEY: joined([rows[name].cast("string").fill_null("") for name in raw.key], "|")})
-        rows = rows.mutate(__repeat=ibis.row_number().over(group_by=_KEY, order_by=order))
-        text = joined([ibis.literal(str(options.seed)), rows[_KEY], rows["__repeat"].cast("string")], ":")
-        return stored(rows.mutate(**{_HASH: text.hexdigest("md5")}).drop(_KEY, "__repeat"))
+    def typed(self) -> Any:
+        """The needed columns in types that every engine treats alike, each row with its hash."""
+        table = self.raw.table
+        check_columns(self.plan, self.raw.name, table.schema())
+        names = dict.fromkeys([*needed(self.plan), *self.raw.key])
+        rows = _with_order(table.select(**{name: plain(table[name]) for name in names}), self.plan.columns.time)
+        texts = [rows[name].cast("string").fill_null("") for name in self._key(rows)]
+        text = joined([ibis.literal(str(self.plan.split.seed)), joined(texts, "|"), ibis.literal("0")], ":")
+        return rows.mutate(__hash=text.hexdigest("md5"))
 
-    @property
-    def time(self) -> str | None:
-        """The column to split by, if that is asked for."""
-        return self.raw.time if self.options.split == "time" else None
+    def _key(self, rows: Any) -> list[str]:
+        """Engines print other types than these in different ways."""
+        types = rows.schema()
+        usable = [n for n in rows.columns if types[n].is_string() or types[n].is_integer() or types[n].is_boolean()]
+        key = list(self.plan.source.key or self.raw.key or usable)
+        for name in key:
+            if name not in usable:
+                raise SchemaError(f"key column {name!r} must be text, integer or boolean", received=str(types[name]))
+        if not key:
+            raise SchemaError("rows need a column of text, integers or booleans", received=list(rows.columns))
+        return key
 
-    def divided(self, rows: Any, groups: pa.Table) -> tuple[Any, tuple[str, ...]]:
-        """The usable rows, each with label, domain, split and its position there; and the names of the domains."""
-        sizes = self.sizes(groups)
-        names = {name for name, _ in sizes}
-        domains = tuple(sorted(names, key=_by_number if all(map(_is_integer, names)) else str))
-        position = {name: position for position, name in enumerate(domains)}
-        rows = coded(rows, groups, self.raw.rating, LABEL_COLUMN, self.rule, pa.int32())
-        number = _number_of(position, None)
-        rows = coded(rows, groups, self.options.domain, DOMAIN_COLUMN, number, pa.int32())
-        rows = rows.filter(rows[LABEL_COLUMN].notnull(), rows[DOMAIN_COLUMN].notnull())
-        stratum, order = [DOMAIN_COLUMN, LABEL_COLUMN], [_HASH]
-        if self.time:
-            rows = rows.filter(rows[self.time].notnull())
-            stratum, order = [DOMAIN_COLUMN], [self.time, _HASH]
-        rows = rows.mutate(__rank=ibis.row_number().over(group_by=stratum, order_by=order))
-        strata = Counter[tuple[int, ...]]()
-        for (name, label), size in sizes.items():
-            strata[(position[name], label)[: len(stratum)]] += size
-        rows = join(rows, self.cuts(stratum, strata), stratum)
-        passed = [(rows["__rank"] >= rows[cut]).cast("int32") for cut in ("__cut_1", "__cut_2")]
-        rows = rows.mutate(**{_SPLIT: passed[0] + passed[1]}).drop("__rank", "__cut_1", "__cut_2")
-        place = ibis.row_number().over(group_by=_SPLIT, order_by=_HASH)
-        return stored(rows.mutate(**{_POSITION: place})), domains
+    def usable(self, rows: Any) -> tuple[Any, int, dict[str, int]]:
+        """Rows that have what they need, with ``__label``, ``__domain``, ``__user_text`` and ``__item_text``."""
+        columns, plan = self.plan.columns, self.plan
+        out = Quarantine(self.raw, plan.max_quarantine, self.out / "quarantine")
+        rows = self._labelled(rows, out)
+        rows = self._in_domains(rows, out)
+        for name, column in (("__user_text", columns.user), ("__item_text", columns.item)):
+            if column is not None:
+                rows = _with_text(rows, column, name)
+        if plan.split.kind == "user" or plan.negatives is not None:
+            out.refuse(rows["__user_text"].fill_null("") == "", "user missing")
+        if plan.negatives is not None:
+            out.refuse(rows["__item_text"].fill_null("") == "", "item missing")
+        if plan.split.kind == "time":
+            out.refuse(rows[columns.time].isnull(), "time missing")
+        for name in self._number_columns():
+            if rows[name].type().is_string():
+                bad = ~rows[name].lower().re_search(NUMBER)
+                out.refuse(bad, f"column {name!r} must be a number")
+        if columns.weight is not None:
+            weight = rows[columns.weight].cast("float64")
+            out.refuse(~((weight > 0) & (weight < 1e38)).fill_null(False), "weight must be a number above 0")
+        rows, rows_in = out.kept(self.engine, rows)
+        return rows, rows_in, out.counts
 
-    def sizes(self, groups: pa.Table) -> Counter[tuple[str, int]]:
-        """Usable rows of each domain and label; counts the others."""
-        sizes = Counter[tuple[str, int]]()
-        for group in groups.to_pylist():
-            label, name = self.rule(group[self.raw.rating]), canonical_text(group[self.options.domain])
-            usable = group["__chosen"]
-            if label is None:
-                self.dropped["rating missing or not a number"] += group["__size"]
-                continue
-            if self.time:
-                self.dropped["time missing"] += group["__size"] - usable
-            if not name:
-                self.dropped["domain missing"] += usable
-            elif usable:
-                sizes[name, label] += usable
-        if not sizes:
-            raise DataError("no row is left", received=self.dropped, next_step="Check the domain and the rating column")
-        return sizes
+    def _number_columns(self) -> list[str]:
+        specs = self.plan.features.items()
+        names = [(spec.columns or (name,))[0] for name, spec in specs if spec.kind in ("numeric", "bucketed")]
+        return list(dict.fromkeys([*names, *([self.plan.columns.weight] if self.plan.columns.weight else [])]))
 
-    def cuts(self, stratum: list[str], strata: Counter[tuple[int, ...]]) -> Any:
-        """For each stratum the ranks at which valid and test begin; integers, so that no engine rounds by itself."""
-        train, valid, _ = self.options.fractions
-        columns = {name: pa.array([key[part] for key in strata], pa.int32()) for part, name in enumerate(stratum)}
-        for cut, share in (("__cut_1", train), ("__cut_2", train + valid)):
-            columns[cut] = pa.array([math.floor(size * share + 0.5) for size in strata.values()], pa.int64())
-        if not any(columns["__cut_1"].to_pylist()):
-            raise DataError(
-                "no row trains", received=dict(strata), next_step="Use more rows or a larger first fraction"
-            )
-        return ibis.memtable(pa.table(columns))
+    def _labelled(self, rows: Any, out: Quarantine) -> Any:
+        column = self.plan.columns.label
+        if not column:
+            return rows.mutate(__label=ibis.literal(1, "int32"))
+        rows = coded(rows, cells(rows, [column]), column, "__label", self.label, pa.int32())
+        rule = "label must be a number" if self.plan.columns.label_rule else "label must be 0 or 1"
+        absent = rows[column].isnull() | ((rows[column].strip() == "") if rows[column].type().is_string() else False)
+        out.refuse(absent, "label missing")
+        out.refuse(rows["__label"].isnull(), rule)
+        return rows
 
-    def encoded(self, rows: Any, domains: tuple[str, ...]) -> tuple[Any, Encoder]:
-        """Rows of ids, raw numbers, domain, label and user; and the encoder that any later row goes through."""
-        options, user = self.options, self.raw.user
-        names = dict.fromkeys([*options.features, *([] if user is None else [user])])
-        keys = {name: cells(rows, [name], rows[_SPLIT] == 0) for name in names}
-        sizes = {name: _sizes(keys[name], name) for name in options.features}
-        vocabularies = {name: fit_vocabulary(name, sizes[name]) for name in options.categorical}
-        features = tuple(
-            fit_numeric(name, sizes[name])
-            if name in options.numeric
-            else Feature(name, num_ids=FIRST_ID + len(vocabularies[name]))
-            for name in options.features
+    def _in_domains(self, rows: Any, out: Quarantine) -> Any:
+        names = list(self.plan.columns.domains)
+        groups = cells(rows, names)
+        found = {domain_text([cell[name] for name in names]) for cell in groups.to_pylist()} - {""}
+        self.domains = _ordered(found, () if self.known is None else self.known.schema.domains)
+        place = {name: number for number, name in enumerate(self.domains)}
+        rows = coded_together(
+            rows, groups, names, "__domain", lambda values: place.get(domain_text(values)), pa.int32()
         )
-        schema = Schema(features, domains, domain=options.domain, label=_LABEL, user=user, time=self.raw.time)
-        codes = {}
-        for slot, name in enumerate(options.categorical):
-            ids = {"": PAD_ID, **{word: FIRST_ID + place for place, word in enumerate(vocabularies[name])}}
-            rows = coded(rows, keys[name], name, f"__ids_{slot}", _number_of(ids, OOV_ID), pa.int32())
-            codes[name] = rows[f"__ids_{slot}"].fill_null(PAD_ID)
-        if user is not None:
-            rows = coded(rows, keys[user], user, USER_COLUMN, lambda v: user_number(canonical_text(v)), pa.int64())
-            codes[USER_COLUMN] = rows[USER_COLUMN].fill_null(ABSENT_USER)
-        numbers = {name: rows[name].cast("float64") for name in options.numeric}
-        rows = rows.select(_SPLIT, _POSITION, DOMAIN_COLUMN, LABEL_COLUMN, **codes, **numbers)
-        return stored(rows), Encoder(schema, vocabularies)
+        out.refuse(rows["__domain"].isnull(), "domain missing")
+        return rows
 
-    def written(self, rows: Any, encoder: Encoder) -> dict[str, Any]:
-        """Writes the shards; returns rows, domains, labels and files of each split."""
-        by = [_SPLIT, DOMAIN_COLUMN, LABEL_COLUMN]
-        sizes = {tuple(cell[name] for name in by): cell["__size"] for cell in cells(rows, by).to_pylist()}
-        splits: dict[str, Any] = {}
-        for split_number, split in enumerate(SPLITS):
-            domains = {}
-            for position, domain in enumerate(encoder.schema.domains):
-                negatives, positives = (sizes.get((split_number, position, label), 0) for label in (0, 1))
-                domains[domain] = {"rows": negatives + positives, "positives": positives}
-            num_rows = sum(facts["rows"] for facts in domains.values())
-            files = self.shards(rows.filter(rows[_SPLIT] == split_number), num_rows, split, encoder.schema)
-            splits[split] = {"rows": num_rows, "domains": domains, "files": files}
-        return splits
+    def filtered(self, rows: Any) -> Any:
+        rows, dropped = filtered(self.engine, rows, self.plan.filters, time=self.plan.columns.time)
+        self.dropped |= dropped
+        present = sorted(cells(rows, ["__domain"]).column("__domain").to_pylist())
+        if len(present) == len(self.domains) or self.known is not None:
+            return rows
+        old, self.domains = self.domains, tuple(self.domains[number] for number in present)
+        place = {old.index(name): number for number, name in enumerate(self.domains)}
+        moved = pa.table({"__domain": pa.array(place, pa.int32()), "__moved": pa.array(place.values(), pa.int32())})
+        rows = rows.join(ibis.memtable(moved), "__domain")
+        return rows.drop("__domain").rename(__domain="__moved")
 
-    def shards(self, rows: Any, num_rows: int, split: str, schema: Schema) -> list[str]:
-        (self.folder / split).mkdir()
-        files: list[str] = []
-        for start in range(0, num_rows, self.options.shard_rows):
-            files.append(f"{split}/part-{len(files):05d}.parquet")
-            position = rows[_POSITION]
-            shard = rows.filter(position >= start, position < start + self.options.shard_rows).order_by(_POSITION)
-            _write(shard.drop(_SPLIT, _POSITION).to_pyarrow(), schema, self.folder / files[-1])
-        return files
+    def divided(self, rows: Any) -> tuple[Any, int]:
+        """Rows with ``__split``, sampled non-clicks among them, as far as they are needed; and how many were sampled."""
+        plan, sampled_rows = self.plan, 0
+        after = plan.negatives is not None and plan.negatives.exclude == "train"
+        if plan.negatives is not None and not after:
+            self.step("sample")
+            rows, sampled_rows = self._with_negatives(rows)
+        self.step("split")
+        rows = rows.mutate(**{ORDER_COLUMN: self.engine.integer(rows["__hash"])})
+        rows, left_out = with_split(self.engine, rows if after else self._needed(rows), plan.split, plan.columns.time)
+        if left_out:
+            self.dropped["in no split"] = left_out
+        if after:
+            self.step("sample")
+            rows, sampled_rows = self._with_negatives(rows)
+            rows = rows.mutate(**{ORDER_COLUMN: self.engine.integer(rows["__hash"])})
+            rows = self.engine.stored(self._needed(rows))
+        return rows, sampled_rows
+
+    def _needed(self, rows: Any) -> Any:
+        """The columns that are encoded or that a split looks at."""
+        columns, split = self.plan.columns, self.plan.split
+        names: list[str | None] = [s for name, spec in self.plan.features.items() for s in spec.columns or (name,)]
+        names += [columns.user, columns.weight, split.column, columns.time if split.kind == "time" else None]
+        names += ["__user_text" if split.kind == "user" else None, "__split"]
+        keep = dict.fromkeys([ORDER_COLUMN, "__domain", "__label", *names])
+        return rows.select(*(name for name in keep if name in rows.columns))
+
+    def _with_negatives(self, rows: Any) -> tuple[Any, int]:
+        columns, negatives = self.plan.columns, self.plan.negatives
+        assert negatives is not None  # check_plan saw to it
+        assert columns.item is not None
+        clicks = rows.filter(rows["__label"] == 1)
+        drawn = sampled(self.engine, clicks, negatives, self.domains, columns.item_columns, item=columns.item)
+        drawn = self.engine.stored(drawn.select(*rows.columns))
+        return self.engine.stored(rows.union(drawn)), int(drawn.count().to_pyarrow().as_py())
+
+    def sizes(self, rows: Any) -> tuple[dict[str, int], dict[str, dict[str, dict[str, int]]]]:
+        """Rows of each split; and of each split and domain, with how many are clicks."""
+        found = cells(rows, ["__split", "__domain"], rows["__label"] == 1).to_pylist()
+        sizes = {split: sum(cell["__size"] for cell in found if cell["__split"] == n) for n, split in enumerate(SPLITS)}
+        at = {(cell["__split"], cell["__domain"]): (cell["__size"], cell["__chosen"]) for cell in found}
+        domains = {
+            split: {
+                name: dict(zip(("rows", "positives"), at.get((number, place), (0, 0)), strict=True))
+                for place, name in enumerate(self.domains)
+            }
+            for number, split in enumerate(SPLITS)
+        }
+        return sizes, domains
+
+    def fitted(self, rows: Any, sizes: Mapping[str, int]) -> Encoder:
+        train = rows.filter(rows["__split"] == 0)
+        label = self.plan.columns.label if self.label is zero_or_one else ""
+        return fit_encoder(self.engine, train, self.plan, self.domains, label or _LABEL, self.known, sizes["train"])
+
+    def written(self, rows: Any, encoder: Encoder, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+        columns, total = ColumnEncoder(encoder), sum(sizes.values())
+        piles = Piles(encoder.schema, sizes, self.plan.shard_rows, self.engine.work)
+        shown = _bar(self.progress, "Encode and shuffle", 2 * total)
+        for batch in self.engine.batches(rows):
+            piles.deal(columns.encode(batch), batch.column(ORDER_COLUMN), batch.column("__split"))
+            shown(batch.num_rows)
+        return piles.write(self.out, shown)
 
 
-def _write(table: pa.Table, schema: Schema, path: Path) -> None:
-    """One shard: int32 ids, float32 numbers, then domain, label and user."""
-    columns = {}
-    for feature in schema.features:
-        column = table.column(feature.name)
-        columns[feature.name] = (
-            pa.array(standardise(column.to_numpy(), feature)) if feature.kind == "numeric" else column.cast(pa.int32())
-        )
-    columns[DOMAIN_COLUMN] = table.column(DOMAIN_COLUMN).cast(pa.int32())
-    columns[LABEL_COLUMN] = table.column(LABEL_COLUMN).cast(pa.float32())
-    if schema.user is not None:
-        columns[USER_COLUMN] = table.column(USER_COLUMN).cast(pa.int64())
-    pq.write_table(pa.table(columns), path, compression="zstd")
+def _with_order(rows: Any, time: str | None) -> Any:
+    """Times that are numbers written as text, as in a CSV, become numbers: "9" comes before "10"."""
+    if time is None or not rows[time].type().is_string():
+        return rows
+    text = rows[time].strip()
+    others = rows.filter((text != "") & ~text.re_search("^-?[0-9]{1,18}$"))
+    if others.count().to_pyarrow().as_py():
+        return rows
+    return rows.mutate(**{time: text.nullif("").cast("int64")})
+
+
+def _with_text(rows: Any, column: str, name: str) -> Any:
+    """``name``: the canonical text of a column; the text of an integer is the same everywhere."""
+    if rows[column].type().is_integer():
+        return rows.mutate(**{name: rows[column].cast("string").fill_null("")})
+    return coded(rows, cells(rows, [column]), column, name, canonical_text, pa.string())
+
+
+def _ordered(names: set[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Domains in the order of their numbers: known ones stay where they are; others by number, or by text."""
+    fresh = names - set(known)
+    by_number = all(re.fullmatch(r"-?[0-9]+", name) for name in fresh)
+    return (*known, *(sorted(fresh, key=lambda name: (int(name), name)) if by_number else sorted(fresh)))
 
 
 def _facts(folder: Path) -> dict[str, dict[str, Any]]:
@@ -333,47 +345,10 @@ def _facts(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check(raw: RawTable, options: _Options) -> None:
-    types = raw.table.schema()
-    if options.domain not in raw.domains:
-        raise ConfigError(
-            f"{raw.name} has no such domain", received=options.domain, next_step=nearest(options.domain, raw.domains)
-        )
-    if options.split == "time" and raw.time is None:
-        raise ConfigError(f"{raw.name} holds no usable times", received="time", next_step="Use the random split")
-    for name in (*options.features, *raw.key, raw.rating, raw.user, raw.time):
-        if name is not None and name not in types:
-            raise ConfigError(f"{raw.name} has no such column", received=name, next_step=nearest(name, types))
-    for name in options.features:
-        if name == raw.rating or name == _LABEL or name.startswith("__"):
-            raise ConfigError(
-                f"a feature may not be the rating, be called {_LABEL!r} or begin with two underscores", received=name
-            )
-    for name in options.numeric:
-        if name not in options.features:
-            raise ConfigError(
-                "a numeric column must be a feature", received=name, next_step=nearest(name, options.features)
-            )
-    _check_types(raw, options, types)
-
-
-def _check_types(raw: RawTable, options: _Options, types: Any) -> None:
-    for name in raw.key:
-        if not (types[name].is_string() or types[name].is_integer() or types[name].is_boolean()):
-            # engines print other types in different ways
-            raise SchemaError(f"key column {name!r} must be text, integer or boolean", received=str(types[name]))
-    for name in (*options.categorical, options.domain, raw.rating, raw.user or raw.rating):
-        if not (types[name].is_string() or types[name].is_numeric() or types[name].is_boolean()):
-            raise SchemaError(f"column {name!r} must hold text, numbers or booleans", received=str(types[name]))
-    for name in options.numeric:
-        if not types[name].is_numeric():
-            raise SchemaError(f"numeric feature {name!r} must be a column of numbers", received=str(types[name]))
-
-
 def _steps(progress: Progress | None, name: str) -> Step:
     if progress is None:
         return lambda _: None
-    task = progress.add_task(f"Prepare {name}", total=4)
+    task = progress.add_task(f"Prepare {name}", total=6)
 
     def step(what: str) -> None:
         progress.update(task, description=f"Prepare {name}: {what}", advance=1)
@@ -381,18 +356,8 @@ def _steps(progress: Progress | None, name: str) -> Step:
     return step
 
 
-def _sizes(keys: pa.Table, name: str) -> list[tuple[Any, int]]:
-    """The values of a column and the training rows that have each."""
-    return list(zip(keys.column(name).to_pylist(), keys.column("__chosen").to_pylist(), strict=True))
-
-
-def _number_of(numbers: Mapping[str, int], other: int | None) -> Callable[[Any], int | None]:
-    return lambda value: numbers.get(canonical_text(value), other)
-
-
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
-
-
-def _by_number(text: str) -> tuple[int, str]:
-    return int(text), text
+def _bar(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    if progress is None:
+        return lambda _: None
+    task = progress.add_task(what, total=total)
+    return lambda rows: progress.advance(task, rows)

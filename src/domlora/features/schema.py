@@ -12,9 +12,11 @@ from typing import Any, Literal, Self, get_args
 
 from domlora.errors import SchemaError, nearest
 
-__all__ = ["FIRST_ID", "OOV_ID", "PAD_ID", "Feature", "FeatureKind", "Schema"]
+__all__ = ["FIRST_ID", "OOV_ID", "PAD_ID", "Feature", "FeatureKind", "Pooling", "Schema", "Transform"]
 
-FeatureKind = Literal["categorical", "numeric"]
+FeatureKind = Literal["categorical", "sequence", "bucketed", "numeric"]
+Pooling = Literal["mean", "sum", "max"]
+Transform = Literal["standard", "log1p"]
 
 PAD_ID = 0
 """The id of an absent value (null, empty text, padding of a slot)."""
@@ -26,36 +28,83 @@ FIRST_ID = 2
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One input column.
+    """One input of a model, made from one raw column or, crossed, from several.
 
     Args:
-        name: the column's name in the raw rows.
-        kind: ``categorical`` (one id slot) or ``numeric`` (one dense column, standardised).
-        num_ids: rows the feature needs in an embedding table: the vocabulary plus ``FIRST_ID``; 0 if numeric.
-        mean, std: what a numeric value is standardised with, ``(x - mean) / std``.
+        name: of the feature.
+        kind: ``categorical`` (one id), ``sequence`` (up to ``max_length`` ids whose vectors are pooled), ``bucketed`` (a
+            number as the id of the bucket it falls into) or ``numeric`` (one dense column).
+        columns: raw columns; none for the one called as the feature, several for a crossed categorical feature.
+        num_ids: rows the feature needs in an embedding table: its vocabulary, buckets or hash buckets plus ``FIRST_ID``;
+            0 if numeric.
+        hash_buckets: above 0, a value's id is a hash of its text and there is no vocabulary.
+        share: a feature whose vocabulary and vectors this one uses.
+        max_length: ids of a sequence at the most; the last ones count, since logs append.
+        separator: splits a sequence that is written as text; without one, text is a single value.
+        pooling: how the vectors of a sequence become one; padding never counts.
+        boundaries: of a bucketed feature, ascending; a number falls into the bucket of the boundaries up to it.
+        transform: of a numeric feature: ``standard``, ``(x - mean) / std``, or ``log1p``, the same of
+            ``sign(x) log(1 + |x|)``.
+        mean, std: of the (transformed) number over the training rows.
+        missing: a numeric feature has a second dense column, 1 where the number is absent.
+
+    Raises:
+        SchemaError: options that do not go together.
     """
 
     name: str
     kind: FeatureKind = "categorical"
+    columns: tuple[str, ...] = ()
     num_ids: int = 0
+    hash_buckets: int = 0
+    share: str | None = None
+    max_length: int = 1
+    separator: str | None = None
+    pooling: Pooling = "mean"
+    boundaries: tuple[float, ...] = ()
+    transform: Transform = "standard"
     mean: float = 0.0
     std: float = 1.0
+    missing: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(FeatureKind):
+        for value, kinds in ((self.kind, FeatureKind), (self.pooling, Pooling), (self.transform, Transform)):
+            if value not in get_args(kinds):
+                raise SchemaError(
+                    f"feature {self.name!r} has an unknown option",
+                    received=value,
+                    next_step=nearest(str(value), get_args(kinds)),
+                )
+        if self.kind != "numeric" and self.num_ids < FIRST_ID:
             raise SchemaError(
-                f"feature {self.name!r} has an unknown kind",
-                received=self.kind,
-                next_step=nearest(str(self.kind), get_args(FeatureKind)),
-            )
-        if self.kind == "categorical" and self.num_ids < FIRST_ID:
-            raise SchemaError(
-                f"categorical feature {self.name!r} needs num_ids of at least {FIRST_ID}",
+                f"{self.kind} feature {self.name!r} needs num_ids of at least {FIRST_ID}",
                 received=self.num_ids,
                 next_step=f"Count its vocabulary and add {FIRST_ID}",
             )
         if self.kind == "numeric" and not self.std > 0:
             raise SchemaError(f"numeric feature {self.name!r} needs std above 0", received=self.std)
+        if self.max_length < 1 or (self.kind != "sequence" and self.max_length > 1):
+            raise SchemaError(
+                f"feature {self.name!r} needs max_length of at least 1, and 1 unless it is a sequence",
+                received=self.max_length,
+            )
+        if len(self.columns) > 1 and self.kind != "categorical":
+            raise SchemaError(f"only a categorical feature crosses columns, {self.name!r} is {self.kind}")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The raw columns."""
+        return self.columns or (self.name,)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether ids are places in a vocabulary of its own."""
+        return self.kind in ("categorical", "sequence") and not self.hash_buckets and self.share is None
+
+    @property
+    def num_dense(self) -> int:
+        """Dense columns: 0, 1, or 2 with one that says where the number is absent."""
+        return 0 if self.kind != "numeric" else 1 + self.missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +115,13 @@ class Schema:
         features: input columns; the domain may be one of them, so that a base model knows it too.
         domains: names of the domains; the position of a name is the number in ``Batch.domain``.
         domain, label: their columns in the raw rows.
+        unknown_domain: what a row of another domain gets: ``base`` (no adapter), ``error``, or the domain named here.
         user: column that grouped AUC groups by, if any.
         time: column that time splits order by, if any.
         weight: column of sample weights, if any.
 
     Raises:
-        SchemaError: names repeated, no feature, or no domain.
+        SchemaError: names repeated, no feature, no domain, or a feature that shares with one it cannot share with.
 
     Example:
         >>> schema = Schema((Feature("item", num_ids=12), Feature("age", "numeric")), domains=("app", "web"))
@@ -85,6 +135,7 @@ class Schema:
     domains: tuple[str, ...]
     domain: str = "domain"
     label: str = "label"
+    unknown_domain: str = "base"
     user: str | None = None
     time: str | None = None
     weight: str | None = None
@@ -99,21 +150,55 @@ class Schema:
             if repeated:
                 raise SchemaError(f"{what} names must be unique", received=repeated)
 
+        for feature in self.features:
+            if feature.share is not None:
+                self._check_share(feature, feature.share)
+        if self.unknown_domain not in ("base", "error", *self.domains):
+            raise SchemaError(
+                "unknown_domain must be 'base', 'error' or a domain",
+                received=self.unknown_domain,
+                next_step=nearest(self.unknown_domain, self.domains),
+            )
+
+    def _check_share(self, feature: Feature, name: str) -> None:
+        known = {f.name: f for f in self.features if f.kind in ("categorical", "sequence") and f.share is None}
+        if name not in known or feature.kind not in ("categorical", "sequence"):
+            raise SchemaError(
+                f"feature {feature.name!r} must share with a feature of ids that itself shares with none",
+                received=name,
+                next_step=nearest(name, known),
+            )
+        if (feature.num_ids, feature.hash_buckets) != (known[name].num_ids, known[name].hash_buckets):
+            raise SchemaError(f"features {feature.name!r} and {name!r} share ids, so their numbers of ids must agree")
+
     @property
     def categorical(self) -> tuple[Feature, ...]:
-        return tuple(f for f in self.features if f.kind == "categorical")
+        """Features of ids: all but the numeric ones."""
+        return tuple(f for f in self.features if f.kind != "numeric")
 
     @property
     def numeric(self) -> tuple[Feature, ...]:
         return tuple(f for f in self.features if f.kind == "numeric")
 
     @property
-    def num_slots(self) -> int:
+    def columns(self) -> tuple[str, ...]:
+        """The raw columns of all features, each once."""
+        return tuple(dict.fromkeys(column for feature in self.features for column in feature.sources))
+
+    @property
+    def num_fields(self) -> int:
+        """Features of ids, each of which gives a model one vector."""
         return len(self.categorical)
 
     @property
+    def num_slots(self) -> int:
+        """Columns of ``Batch.ids``: one for each feature of ids, ``max_length`` for a sequence."""
+        return sum(feature.max_length for feature in self.categorical)
+
+    @property
     def num_dense(self) -> int:
-        return len(self.numeric)
+        """Columns of ``Batch.dense``."""
+        return sum(feature.num_dense for feature in self.numeric)
 
     @property
     def num_domains(self) -> int:
@@ -137,7 +222,7 @@ class Schema:
             return cls(
                 **{
                     **raw,
-                    "features": tuple(Feature(**feature) for feature in raw["features"]),
+                    "features": tuple(_feature(feature) for feature in raw["features"]),
                     "domains": tuple(raw["domains"]),
                 }
             )
@@ -147,3 +232,8 @@ class Schema:
     @classmethod
     def load(cls, path: Path) -> Self:
         return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _feature(raw: Mapping[str, Any]) -> Feature:
+    lists = {key: tuple(raw[key]) for key in ("columns", "boundaries") if key in raw}
+    return Feature(**{**raw, **lists})

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
-from typing import Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["EmbeddingTable", "FirstOrder", "MixedEmbedding"]
+from domlora.features.schema import PAD_ID, Pooling
+from domlora.layers.pooling import bags_of, max_of_bags, pool, sum_of_bags
+
+__all__ = ["EmbeddingTable", "Field", "FirstOrder", "MixedEmbedding", "PooledTable", "table_for"]
+
+
+class Field(NamedTuple):
+    """What gives a model one vector: an id, or a sequence of ids whose vectors are pooled.
+
+    Args:
+        num_ids: ids there are.
+        owner: the place of the field whose rows this one uses; None for rows of its own.
+        pooling: how the vectors of a sequence become one, without those of padding; None for a single id, whose padding
+            has a vector like any other id.
+        max_length: slots of a sequence.
+    """
+
+    num_ids: int
+    owner: int | None = None
+    pooling: Pooling | None = None
+    max_length: int = 1
 
 
 class EmbeddingTable(nn.Module):
@@ -26,6 +46,8 @@ class EmbeddingTable(nn.Module):
         num_ids: ids of each feature. May be empty.
         embedding_dim: ``E``.
         init_std: standard deviation at the start; 0 for a table of zeros.
+        owners: of each feature the place of the one whose rows it uses, which is its own or that of an owner; None if
+            each has its own.
         sparse: give ``weight`` a sparse gradient that holds the rows of the batch alone, for a row-wise optimizer.
             May be changed at any time. Dense gradients cost as much as the table is long.
 
@@ -38,24 +60,23 @@ class EmbeddingTable(nn.Module):
     offsets: Tensor
 
     def __init__(
-        self, num_ids: Sequence[int], embedding_dim: int, init_std: float = 0.01, *, sparse: bool = False
+        self,
+        num_ids: Sequence[int],
+        embedding_dim: int,
+        init_std: float = 0.01,
+        *,
+        owners: Sequence[int] | None = None,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         self.sparse = sparse
-        self.weight = nn.Parameter(torch.empty(sum(num_ids), embedding_dim).normal_(0.0, init_std))
-        starts = [0, *accumulate(num_ids)][:-1]
-        self.register_buffer("offsets", torch.tensor(starts, dtype=torch.int64), persistent=False)
-
-    @classmethod
-    def from_pretrained(cls, vectors: Tensor, *, freeze: bool = True) -> Self:
-        """The table of one feature whose ``vectors (num_ids, E)`` are given; not copied.
-
-        Frozen, they need no gradient and no state of an optimizer.
-        """
-        table = cls([0], vectors.shape[1])
-        table.weight = nn.Parameter(vectors, requires_grad=not freeze)
-        return table
+        owners = range(len(num_ids)) if owners is None else owners
+        sizes = [size if owner == place else 0 for place, (size, owner) in enumerate(zip(num_ids, owners, strict=True))]
+        self.weight = nn.Parameter(torch.empty(sum(sizes), embedding_dim).normal_(0.0, init_std))
+        starts = [0, *accumulate(sizes)]
+        offsets = [starts[owner] for owner in owners]
+        self.register_buffer("offsets", torch.tensor(offsets, dtype=torch.int64), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids + self.offsets
@@ -69,32 +90,122 @@ class EmbeddingTable(nn.Module):
         return f"{self.weight.shape[0]}, {self.embedding_dim}, slots={len(self.offsets)}, sparse={self.sparse}"
 
 
+class PooledTable(EmbeddingTable):
+    """An :class:`EmbeddingTable` some of whose features are sequences.
+
+    ``y[b, f] = weight[ids[b, s] + offsets[s]]`` for a feature of one slot ``s``, and the mean, sum or maximum of these over
+    the slots of a sequence where ``ids[b, s]`` is not padding; zeros where all are. Starts as an ``EmbeddingTable``.
+
+    On a CPU, and wherever gradients are sparse, padding is left out before anything is read; a sparse gradient has no rows
+    of it. In a trace, and for dense gradients on an accelerator, it is read and masked, which asks nothing back from there.
+
+    **Shape**: ``ids (B, S)`` to ``(B, F, E)``; the slots of a sequence stand side by side.
+
+    Args:
+        fields: the features.
+        embedding_dim, init_std, sparse: as ``EmbeddingTable``.
+
+    Example:
+        >>> table = PooledTable([Field(5), Field(5, owner=0, pooling="mean", max_length=3)], embedding_dim=4)
+        >>> table(torch.tensor([[4, 2, 3, 0], [1, 0, 0, 0]])).shape, table.weight.shape
+        (torch.Size([2, 2, 4]), torch.Size([5, 4]))
+    """
+
+    first: Tensor
+    counts_padding: Tensor
+    takes_max: Tensor
+    takes_mean: Tensor
+
+    def __init__(
+        self, fields: Sequence[Field], embedding_dim: int, init_std: float = 0.01, *, sparse: bool = False
+    ) -> None:
+        super().__init__(
+            [field.num_ids for field in fields], embedding_dim, init_std, owners=_owners_of(fields), sparse=sparse
+        )
+        self.lengths, self.poolings = [f.max_length for f in fields], [f.pooling for f in fields]
+        self.has_max, self.has_mean = "max" in self.poolings, "mean" in self.poolings
+        slots = torch.tensor(self.lengths)
+        single, largest, mean = (torch.tensor([p == how for p in self.poolings]) for how in (None, "max", "mean"))
+        constants = {
+            "offsets": self.offsets.repeat_interleave(slots),  # (S,)
+            "first": slots.cumsum(0) - slots,  # (F,)
+            "counts_padding": single.repeat_interleave(slots),  # (S,)
+            "takes_max": largest.repeat_interleave(slots),  # (S,)
+            "takes_mean": mean,  # (F,)
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, kept = ids + self.offsets, (ids != PAD_ID) | self.counts_padding  # (B, S)
+        if torch.compiler.is_compiling() or not (self.sparse or self.weight.device.type == "cpu"):
+            return self._masked(rows, kept)
+        return self._in_bags(rows, kept)
+
+    def _in_bags(self, rows: Tensor, kept: Tensor) -> Tensor:
+        """A field has its ids in one kind of bags and an empty bag, which gives zeros, in the other."""
+        shape = (len(rows), len(self.first))
+        bags = bags_of(rows, kept & ~self.takes_max if self.has_max else kept, self.first)
+        y = sum_of_bags(self.weight, bags, sparse=self.sparse).view(*shape, self.embedding_dim)
+        if self.has_mean:
+            sizes = torch.where(self.takes_mean, bags.counts.view(shape).clamp(min=1), 1)
+            y = y / sizes.unsqueeze(-1)
+        if self.has_max:
+            bags = bags_of(rows, kept & self.takes_max, self.first)
+            y = y + max_of_bags(self.weight, bags, sparse=self.sparse).view_as(y)
+        return y
+
+    def _masked(self, rows: Tensor, kept: Tensor) -> Tensor:
+        vectors = F.embedding(rows, self.weight, sparse=self.sparse)  # (B, S, E)
+        parts = zip(
+            torch.split(vectors, self.lengths, 1), torch.split(kept, self.lengths, 1), self.poolings, strict=True
+        )
+        return torch.stack([part[:, 0] if how is None else pool(part, its, how) for part, its, how in parts], 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, poolings={self.poolings}"
+
+
+def table_for(fields: Sequence[Field], embedding_dim: int, init_std: float = 0.01) -> EmbeddingTable:
+    """One table for all fields; a :class:`PooledTable` only if one of them is a sequence."""
+    if any(field.pooling for field in fields):
+        return PooledTable(fields, embedding_dim, init_std)
+    return EmbeddingTable([field.num_ids for field in fields], embedding_dim, init_std, owners=_owners_of(fields))
+
+
+def _owners_of(fields: Sequence[Field]) -> list[int]:
+    """The place of each field's owner, its own if the rows are."""
+    return [place if field.owner is None else field.owner for place, field in enumerate(fields)]
+
+
 class MixedEmbedding(nn.Module):
     """Embeddings of several widths, some of them given, that leave as vectors of one width.
 
-    ``y[b, s] = P_g weight_g[ids[b, s]]`` for a slot ``s`` of group ``g``. Learned features of equal width are a group and
-    share one :class:`EmbeddingTable` and one map ``P_g``; each feature with given vectors is a group of its own, since they
-    come from a space of their own. A group whose width is ``E`` has no map. Learned tables start from N(0, init_std²),
-    maps from N(0, 1 / width), which leaves the vectors' scale as it is.
+    ``y[b, f] = P_g t_g(ids)[b, f]`` for a field ``f`` of group ``g``. Learned fields of equal width are a group: they share
+    one table ``t_g``, an :class:`EmbeddingTable` or :class:`PooledTable`, and one map ``P_g``. Each field with given vectors
+    is a group of its own, with those that use its rows, since they come from a space of their own. A group whose width is
+    ``E`` has no map; sequences are pooled before it. Learned tables start from N(0, init_std²), maps from N(0, 1 / width),
+    which leaves the vectors' scale as it is.
 
-    **Shape**: ``ids (B, S)`` to ``(B, S, E)``. Maps see ``(B, slots of the group, width)``.
+    **Shape**: ``ids (B, S)`` to ``(B, F, E)``. Maps see ``(B, fields of the group, width)``.
 
     Args:
-        num_ids: ids of each slot.
-        widths: numbers in a vector of each slot.
+        fields: what has a vector; those that use another's rows are wherever that one is.
+        widths: numbers in a vector of each field; of those that use another's rows, that one's count.
         embedding_dim: ``E``.
         init_std: standard deviation of learned vectors at the start.
-        pretrained: vectors ``(num_ids[s], widths[s])`` of some slots, not copied.
-        freeze: keep those as they are; otherwise they are learned on.
+        pretrained: vectors ``(num_ids, width)`` by the place of their field, not copied.
+        trainable: places of given vectors that are learned on; the others need no gradient and no state of an optimizer.
 
     Source: Ginart et al. 2019, "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems",
     section 3: blocks of features of one width, each block with a projection to the base width. Intended differences: a
-    width may be larger than ``E``; given vectors.
+    width may be larger than ``E``; given vectors; sequences.
 
     Example:
-        >>> mixed = MixedEmbedding([9, 5, 4], widths=[2, 4, 2], embedding_dim=4, pretrained={1: torch.ones(5, 4)})
-        >>> mixed(torch.tensor([[8, 4, 3], [0, 0, 0]])).shape
-        torch.Size([2, 3, 4])
+        >>> fields = [Field(9), Field(5), Field(4), Field(5, owner=1, pooling="mean", max_length=2)]
+        >>> mixed = MixedEmbedding(fields, widths=[2, 4, 2, 4], embedding_dim=4, pretrained={1: torch.ones(5, 4)})
+        >>> mixed(torch.tensor([[8, 4, 3, 2, 3], [0, 0, 0, 2, 0]])).shape
+        torch.Size([2, 4, 4])
         >>> [tuple(table.weight.shape) for table in mixed.tables], mixed.tables[1].weight.requires_grad
         ([(13, 2), (5, 4)], False)
     """
@@ -103,29 +214,37 @@ class MixedEmbedding(nn.Module):
 
     def __init__(
         self,
-        num_ids: Sequence[int],
+        fields: Sequence[Field],
         widths: Sequence[int],
         embedding_dim: int,
         init_std: float = 0.01,
         *,
         pretrained: Mapping[int, Tensor] | None = None,
-        freeze: bool = True,
+        trainable: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         given = pretrained or {}
+        owners = _owners_of(fields)
         learned: dict[int, list[int]] = {}
-        for slot, width in enumerate(widths):
-            if slot not in given:
-                learned.setdefault(width, []).append(slot)
-        tables = [EmbeddingTable([num_ids[slot] for slot in group], w, init_std) for w, group in learned.items()]
-        tables += [EmbeddingTable.from_pretrained(given[slot], freeze=freeze) for slot in sorted(given)]
+        for place, owner in enumerate(owners):
+            if owner not in given:
+                learned.setdefault(widths[owner], []).append(place)
+        of_given = {place: [p for p, owner in enumerate(owners) if owner == place] for place in sorted(given)}
+        groups = [*learned.values(), *of_given.values()]
+        tables = [table_for(_group_of(fields, places), width, init_std) for width, places in learned.items()]
+        tables += [
+            _given_table(_group_of(fields, places), given[place], place in trainable)
+            for place, places in of_given.items()
+        ]
         self.tables = nn.ModuleList(tables)
         self.maps = nn.ModuleList(_map_of(table.embedding_dim, embedding_dim) for table in tables)
-        order = [*(slot for group in learned.values() for slot in group), *sorted(given)]
-        self.sizes = [len(table.offsets) for table in tables]
-        self.places = [order.index(slot) for slot in range(len(widths))]
-        self.register_buffer("order", torch.tensor(order), persistent=False)
+        slots = _slots_of(fields)
+        in_groups = [place for places in groups for place in places]
+        self.sizes = [sum(len(slots[place]) for place in places) for places in groups]
+        self.places = [in_groups.index(place) for place in range(len(fields))]
+        order = torch.tensor([slot for place in in_groups for slot in slots[place]])
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         parts = torch.split(ids.index_select(1, self.order), self.sizes, dim=1)  # (B, slots of a group) each
@@ -135,6 +254,23 @@ class MixedEmbedding(nn.Module):
             for column in to_width(table(part)).unbind(1)
         ]
         return torch.stack([columns[place] for place in self.places], dim=1)
+
+
+def _group_of(fields: Sequence[Field], places: Sequence[int]) -> list[Field]:
+    """These fields by themselves; owners are counted among them."""
+    group = [fields[place] for place in places]
+    return [f if f.owner is None else f._replace(owner=places.index(f.owner)) for f in group]
+
+
+def _given_table(fields: Sequence[Field], vectors: Tensor, trainable: bool) -> EmbeddingTable:
+    table = table_for([field._replace(num_ids=0) for field in fields], vectors.shape[1])  # draws no numbers
+    table.weight = nn.Parameter(vectors, requires_grad=trainable)
+    return table
+
+
+def _slots_of(fields: Sequence[Field]) -> list[range]:
+    ends = [*accumulate(field.max_length for field in fields)]
+    return [range(end - field.max_length, end) for end, field in zip(ends, fields, strict=True)]
 
 
 def _map_of(width: int, embedding_dim: int) -> nn.Module:
@@ -148,30 +284,30 @@ def _map_of(width: int, embedding_dim: int) -> nn.Module:
 class FirstOrder(nn.Module):
     """The linear model that most click models add to their deep part.
 
-    ``y = bias + sum_s table[ids_s] + dense · w``. Starts from zero.
+    ``y = bias + sum_f table[ids_f] + dense · w``; a sequence gives its pooled weights. Starts from zero.
 
     **Shape**: ``ids (B, S)``, ``dense (B, G)`` to ``(B, 1)``.
 
     Args:
-        num_ids: ids of each feature.
+        fields: what has a weight.
         num_dense: ``G``.
 
     Source: logistic regression; Cheng et al. 2016, "Wide & Deep Learning", section 3.1, without their cross-product
     features, as in DeepCTR.
 
     Example:
-        >>> FirstOrder([5, 3], num_dense=1)(torch.tensor([[4, 0]]), torch.ones(1, 1)).shape
+        >>> FirstOrder([Field(5), Field(3)], num_dense=1)(torch.tensor([[4, 0]]), torch.ones(1, 1)).shape
         torch.Size([1, 1])
     """
 
-    def __init__(self, num_ids: Sequence[int], num_dense: int) -> None:
+    def __init__(self, fields: Sequence[Field], num_dense: int) -> None:
         super().__init__()
-        self.table = EmbeddingTable(num_ids, 1, init_std=0.0)
+        self.table = table_for(fields, 1, init_std=0.0)
         self.dense = nn.Linear(num_dense, 1, bias=False) if num_dense else None
         if self.dense is not None:
             nn.init.zeros_(self.dense.weight)
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
-        logit: Tensor = self.table(ids).sum(1) + self.bias  # (B, S, 1) -> (B, 1)
+        logit: Tensor = self.table(ids).sum(1) + self.bias  # (B, F, 1) -> (B, 1)
         return logit if self.dense is None else logit + self.dense(dense)

@@ -7,7 +7,7 @@ first-order term; features are crossed as embeddings, so a model of crosses want
 
 **Args** of all: ``schema``; ``embedding_dim`` ``E``; ``hidden_units`` of the tower; ``dropout`` after each of its
 activations; ``init_std`` of the embeddings; ``make_table``, what makes them. ``x`` below is ``(B, F, E)``, the embedded
-features.
+features; a sequence is one of them, pooled.
 
 Structures follow DeepCTR 0.9.0 as the MLoRA authors call it. Intended differences from their code, in all nine: one
 ``init_std`` for models with and without adapters (theirs: 1e-4 and 1e-2, which hides most of NFM); dropout is alive in both;
@@ -58,7 +58,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = make_table(schema, embedding_dim, init_std)
-        self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
+        self.tower = Tower(schema.num_fields * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features, bias=True)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class WDL(nn.Module):
         super().__init__()
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
-        self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
+        self.tower = Tower(schema.num_fields * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
@@ -150,8 +150,8 @@ class AutoInt(nn.Module):
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.attention = nn.Sequential(*(InteractingLayer(w, num_heads, head_dim, scaling) for w in widths[:-1]))
-        self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
-        self.head = head_of(schema.num_slots * widths[-1] + self.tower.out_features)
+        self.tower = Tower(schema.num_fields * embedding_dim + schema.num_dense, hidden_units, dropout)
+        self.head = head_of(schema.num_fields * widths[-1] + self.tower.out_features)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -180,7 +180,7 @@ class PNN(nn.Module):
         super().__init__()
         num_pairs = require_pairs(schema, "pnn")
         self.embedding = make_table(schema, embedding_dim, init_std)
-        self.tower = Tower(schema.num_slots * embedding_dim + num_pairs + schema.num_dense, hidden_units, dropout)
+        self.tower = Tower(schema.num_fields * embedding_dim + num_pairs + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features, bias=True)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class DCN(nn.Module):
         cross_layers: int = 2,
     ) -> None:
         super().__init__()
-        width = schema.num_slots * embedding_dim + schema.num_dense
+        width = schema.num_fields * embedding_dim + schema.num_dense
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
         self.cross = CrossNet(width, cross_layers)
@@ -250,9 +250,9 @@ class FiBiNET(nn.Module):
         num_pairs = require_pairs(schema, "fibinet")
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
-        self.senet = SENet(schema.num_slots, reduction)
-        self.weighed_products = BilinearInteraction(schema.num_slots, embedding_dim, bilinear)
-        self.plain_products = BilinearInteraction(schema.num_slots, embedding_dim, bilinear)
+        self.senet = SENet(schema.num_fields, reduction)
+        self.weighed_products = BilinearInteraction(schema.num_fields, embedding_dim, bilinear)
+        self.plain_products = BilinearInteraction(schema.num_fields, embedding_dim, bilinear)
         self.tower = Tower(2 * num_pairs * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
 
@@ -282,7 +282,7 @@ class DeepFM(nn.Module):
         require_pairs(schema, "deepfm")
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
-        self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
+        self.tower = Tower(schema.num_fields * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
@@ -316,9 +316,9 @@ class XDeepFM(nn.Module):
         require_pairs(schema, "xdeepfm")
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.linear = first_order_of(schema)
-        self.cin = CIN(schema.num_slots, cin_units, split_half)
+        self.cin = CIN(schema.num_fields, cin_units, split_half)
         self.cin_head = head_of(self.cin.out_features)
-        self.tower = Tower(schema.num_slots * embedding_dim + schema.num_dense, hidden_units, dropout)
+        self.tower = Tower(schema.num_fields * embedding_dim + schema.num_dense, hidden_units, dropout)
         self.head = head_of(self.tower.out_features)
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:

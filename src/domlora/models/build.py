@@ -41,7 +41,7 @@ def build_model(
     dropout: float = 0.5,
     embedding_dims: Mapping[str, int] | None = None,
     pretrained: Mapping[str, Any] | None = None,
-    freeze_pretrained: bool = True,
+    freeze_pretrained: bool | Mapping[str, bool] = True,
     **options: Any,
 ) -> nn.Module:
     """A fresh model for the rows of a schema.
@@ -58,9 +58,10 @@ def build_model(
         embedding_dims: widths of their own by feature, such as ``{"user": 32}``; a learned map without a bias takes those
             vectors to ``embedding_dim``. Narrower for features of few values, or where memory counts.
         pretrained: given vectors ``(num_ids, width)`` by feature, of any width, in the order of its ids: absent, unknown,
-            then its vocabulary. Their scale is kept; learned ones start with a standard deviation of ``init_std``.
+            then its vocabulary. Their scale is kept; learned ones start with a standard deviation of ``init_std``. Features
+            that share the ids of one with its own width or given vectors follow it and are not named.
         freeze_pretrained: keep given vectors as they are, without gradients or states of an optimizer; otherwise they are
-            learned on.
+            learned on. For some of them, ``{"item": False}``; the others are kept.
         options: the model's own, see its class.
 
     Raises:
@@ -85,14 +86,18 @@ def build_model(
     for key in given.keys() - known.keys():
         raise ConfigError(f"model {name!r} has no such option", received=key, next_step=nearest(key, known))
     checked = {key: _checked(key, value, known[key].annotation) for key, value in given.items()}
-    freeze = _checked("freeze_pretrained", freeze_pretrained, bool)
     own, vectors = embedding_dims or {}, pretrained or {}
-    if own or vectors:
+    named = freeze_pretrained if isinstance(freeze_pretrained, Mapping) else None
+    for value in [freeze_pretrained] if named is None else named.values():
+        _checked("freeze_pretrained", value, bool)
+    if own or vectors or named:
         if not makes_tables:
             raise ConfigError(
                 f"model {name!r} has no make_table, so its features have one width", received=[*own, *vectors]
             )
-        checked["make_table"] = partial(table_of, embedding_dims=own, pretrained=vectors, freeze_pretrained=freeze)
+        checked["make_table"] = partial(
+            table_of, embedding_dims=own, pretrained=vectors, freeze_pretrained=freeze_pretrained
+        )
     return MODELS[name](schema, **checked)
 
 

@@ -51,7 +51,7 @@ class STAR(nn.Module):
         make_table: MakeTable = table_of,
     ) -> None:
         super().__init__()
-        width = schema.num_slots * embedding_dim + schema.num_dense
+        width = schema.num_fields * embedding_dim + schema.num_dense
         self.rows = DomainRows()
         self.embedding = make_table(schema, embedding_dim, init_std)
         self.norm = PartitionedNorm(width, schema.num_domains)

@@ -1,4 +1,4 @@
-"""Plots of a study, each an SVG to be put into a page: no fixed colours, no fixed fonts, the same bytes every time.
+"""Plots of studies and datasets, each an SVG to be put into a page: no fixed colours or fonts, the same bytes every time.
 
 Lines and words take ``currentColor`` and the font of the page. A method has its own colour and its own marker, so that
 no plot rests on colour alone. The page may set the colours by the CSS variables ``--series-1`` ... ``--series-6``,
@@ -21,12 +21,22 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from domlora.studies.facts import Clicks, DomainFacts
+from domlora.studies.facts_text import interval
 from domlora.studies.statistics import interval_text, score_text, spread, verdict
 from domlora.studies.tables import METHODS, Cell, Curve, DomainRow, ParameterRow
 
-__all__ = ["differences", "domain_auc", "learning_curves", "parameter_counts", "series_number"]
+__all__ = [
+    "click_rates",
+    "click_rates_by_size",
+    "differences",
+    "domain_auc",
+    "learning_curves",
+    "parameter_counts",
+    "series_number",
+]
 
 WIDTH = 400  # in SVG units: small enough to be read on a phone, two beside each other on a desk
 
@@ -186,7 +196,49 @@ def parameter_counts(rows: Sequence[ParameterRow], title: str) -> str:
         return _svg(figure, title, "; ".join(map(_parameter_words, names, shown)))
 
 
+def click_rates(domains: Sequence[DomainFacts], total: Clicks, title: str) -> str:
+    """Click rate by domain with its 95 % interval, and a dashed line at that of all rows."""
+    shown = [domain for domain in domains if domain.total.rows]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(len(shown), 1)
+        low, rate, high = _rates(shown)
+        axes.hlines(range(len(shown)), low, high, color=SERIES[2], lw=1.6)
+        axes.plot(rate, range(len(shown)), "o", color=SERIES[2], ms=5)
+        axes.axvline(100 * (total.rate or 0.0), color=INK, lw=1.2, ls=(0, (2, 1.5)))
+        _names(axes, [domain.name for domain in shown])
+        axes.set_xlabel("click rate in %, 95 % interval; dashed: all rows")
+        return _svg(figure, title, "; ".join(f"{domain.name}: {interval(domain.total)}" for domain in shown))
+
+
+def click_rates_by_size(domains: Sequence[DomainFacts], total: Clicks, title: str) -> str:
+    """The same for many domains: click rates over rows, with the names of the largest, the highest and the lowest."""
+    shown = [domain for domain in domains if domain.total.rows]
+    with mpl.rc_context(_STYLE | {"axes.spines.left": True}):
+        figure = _figure(280)
+        axes = figure.add_subplot(xscale="log", xlabel="rows", ylabel="click rate in %, 95 % interval")
+        axes.grid()
+        rows, (low, rate, high) = [domain.total.rows for domain in shown], _rates(shown)
+        axes.vlines(rows, low, high, color=SERIES[2], lw=0.8, alpha=0.4)
+        axes.plot(rows, rate, "o", color=SERIES[2], ms=3)
+        axes.axhline(100 * (total.rate or 0.0), color=INK, lw=1.2, ls=(0, (2, 1.5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        for place in {
+            key(range(len(shown)), key=by.__getitem__) for key, by in ((max, rows), (max, rate), (min, rate))
+        }:
+            name = _shortened(shown[place].name)
+            axes.annotate(name, (rows[place], rate[place]), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+        return _svg(figure, title, f"{len(shown)} domains; all rows: {interval(total)}")
+
+
 # ------------------------------------------------------------------------------------------------------- the pieces
+
+
+def _rates(domains: Sequence[DomainFacts]) -> list[list[float]]:
+    """Lower ends, rates and upper ends in percent."""
+    clicks = [domain.total for domain in domains]
+    return [[100 * (getattr(each, name) or 0.0) for each in clicks] for name in ("low", "rate", "high")]
 
 
 def _look(method: str, methods: Sequence[str]) -> _Look:

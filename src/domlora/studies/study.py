@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from domlora.bundle import Bundle
-from domlora.config import Config, merged, parse
+from domlora.config import Config, load_plan, merged, parse
 from domlora.data.dataset import Dataset
 from domlora.data.prepare import prepare
 from domlora.data.synthetic import World
@@ -47,16 +47,13 @@ class DatasetSpec:
     """Rows to train on: exactly one of ``source``, ``folder`` and ``world``.
 
     Args:
-        source, domain, label, split, split_seed: what ``domlora prepare`` is given.
+        source, settings: what ``domlora prepare`` is given: a name or a TOML file, and each ``--set``.
         folder: a prepared dataset.
         world: a synthetic world; each seed of the study is a world of its own, and ``num_rows`` are drawn from it.
     """
 
     source: str | None = None
-    domain: str = "domain"
-    label: str = "rating==5"
-    split: str = "random"
-    split_seed: int = 0
+    settings: tuple[str, ...] = ()
     folder: str | None = None
     world: World | None = None
     num_rows: int = 400_000
@@ -194,10 +191,10 @@ def _tasks(study: Study, folder: Path, raw: Path | None, threads: int) -> Iterat
 def _prepared(name: str, spec: DatasetSpec, folder: Path, raw: Path | None) -> DatasetSpec:
     """The same dataset as a prepared folder inside the study's; prepared once."""
     assert spec.source is not None
-    options = {"domain": spec.domain, "label_rule": spec.label, "split": spec.split, "seed": spec.split_seed}
-    out = folder / "data" / f"{name}-{_hash([spec.source, options])}"
+    plan = load_plan(spec.source, spec.settings)
+    out = folder / "data" / f"{name}-{_hash([spec.source, list(spec.settings)])}"
     if not out.exists():
-        prepare(spec.source, out, raw=raw, **options)  # type: ignore[arg-type]
+        prepare(plan, out, folder=raw if plan.source.name is not None else Path(spec.source).parent)
     return DatasetSpec(folder=str(out))
 
 

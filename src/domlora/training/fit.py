@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -34,7 +34,7 @@ Schedule = Literal["constant", "cosine"]
 
 
 class Rows(Protocol):
-    """What the loop reads: a prepared dataset, or anything with the same method."""
+    """What the loop reads: a prepared dataset, or anything with the same methods."""
 
     @property
     def schema(self) -> Schema:
@@ -45,12 +45,14 @@ class Rows(Protocol):
         """Rows of a split."""
         ...
 
-    def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
-        """Batches of a split; with a seed in an order that depends on seed and epoch alone."""
+    def batches(
+        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of a split without the first ``start``; with a seed in an order that depends on seed and epoch alone."""
         ...
 
     def fingerprint(self) -> str:
-        """Equal for equal rows, so that a run goes on only with the rows it began with."""
+        """Equal for equal rows in equal order, so that a run goes on only with the rows it began with."""
         ...
 
 
@@ -130,6 +132,7 @@ def fit(
     *,
     start_is_candidate: bool = False,
     checkpoint: Path | None = None,
+    checkpoint_every_s: float = 600.0,
     on_progress: OnProgress | None = None,
 ) -> Fit:
     """Train the parameters that require a gradient.
@@ -141,17 +144,19 @@ def fit(
         data: has splits ``train`` and ``valid``.
         start_is_candidate: the weights before the first step may win too, so that an adapted model is never worse on
             validation than its base.
-        checkpoint: a folder that is rewritten after each validation; if it is there already the run goes on from it and
-            ends with the bits of an uninterrupted one.
+        checkpoint: a folder that is rewritten after each validation and, in long epochs, in between; if it is there already
+            the run goes on from it and ends with the bits of an uninterrupted one.
+        checkpoint_every_s: how old a checkpoint becomes at the most; 0 writes one after each step.
         on_progress: called about ten times a second.
 
     Raises:
+        ConfigError: options that do not go together, or a checkpoint of another run.
         EngineError: the loss is NaN or infinite.
         DataError: the validation split has no domain with two classes.
     """
-    run = _Run(model, data, options, optimizer, on_progress)
-    if checkpoint is not None:
-        run.identify()
+    if not checkpoint_every_s >= 0:
+        raise ConfigError("checkpoint_every_s must be at least 0", received=checkpoint_every_s)
+    run = _Run(model, data, options, optimizer, on_progress, checkpoint, checkpoint_every_s)
     if checkpoint is not None and checkpoint.exists():
         run.restore(checkpoint)
     else:
@@ -159,23 +164,47 @@ def fit(
         run.start(start_is_candidate)
     while run.position < run.last_position and run.misses < options.patience:
         run.advance()
-        if checkpoint is not None:
-            write_checkpoint(checkpoint, run.tensors(), run.facts())
+        run.save()
     model.load_state_dict(run.best)
     model.eval()
     return run.result
 
 
+@dataclass(slots=True)
+class _Part:
+    """What was done since the last validation; ``loss`` is a sum over rows."""
+
+    steps: int = 0
+    rows: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, rows: int, loss: float, seconds: float) -> None:
+        self.steps += 1
+        self.rows += rows
+        self.loss += loss * rows
+        self.seconds += seconds
+
+
 class _Run:
-    """State of one fit; ``position`` counts validations."""
+    """State of one fit; ``position`` counts validations, ``part`` is what came after the last."""
 
     def __init__(
-        self, model: nn.Module, data: Rows, options: FitOptions, rules: OptimizerOptions, on_progress: OnProgress | None
+        self,
+        model: nn.Module,
+        data: Rows,
+        options: FitOptions,
+        rules: OptimizerOptions,
+        on_progress: OnProgress | None,
+        checkpoint: Path | None,
+        checkpoint_every_s: float,
     ) -> None:
         self.model, self.data, self.options, self.on_progress = model, data, options, on_progress
+        self.checkpoint, self.checkpoint_every_s = checkpoint, checkpoint_every_s
+        self.saved = self.shown = time.perf_counter()
         self.optimizer = Optimizer(model, rules)
-        self.rules = rules
-        self.identity: dict[str, str] = {}
+        self.identity = {} if checkpoint is None else self.identify(rules)
+        self.part = _Part()
         self.device = next(model.parameters()).device
         self.average = Average(model, options.average_decay)
         self.result = Fit()
@@ -192,11 +221,11 @@ class _Run:
                 next_step="Make batch_size smaller",
             )
 
-    def identify(self) -> None:
-        """Take down what a run must have in common with the one it goes on; reads every weight."""
-        self.identity = {
+    def identify(self, rules: OptimizerOptions) -> dict[str, str]:
+        """What a run must have in common with the one it goes on; reads every weight."""
+        return {
             "options": repr(self.options),
-            "optimizer": repr(self.rules),
+            "optimizer": repr(rules),
             "data": self.data.fingerprint(),
             "start": _digest(self.model),
         }
@@ -213,24 +242,37 @@ class _Run:
             self.judge(self.model, self.position / self.options.evaluations_per_epoch, loss)
 
     def train(self) -> float:
-        epoch, part = divmod(self.position, self.options.evaluations_per_epoch)
-        bounds = [self.steps_per_epoch * number // self.options.evaluations_per_epoch for number in (part, part + 1)]
-        batches = self.data.batches("train", self.options.batch_size, seed=self.options.seed, epoch=epoch)
+        """Train up to the next validation; gives the mean loss since the last one."""
+        options = self.options
+        epoch, number = divmod(self.position, options.evaluations_per_epoch)
+        first, last = (self.steps_per_epoch * n // options.evaluations_per_epoch for n in (number, number + 1))
+        start = first + self.part.steps
+        batches = self.data.batches("train", options.batch_size, seed=options.seed, epoch=epoch, start=start)
         self.model.train()
-        started = shown = time.perf_counter()
-        rows, total = 0, 0.0
-        for batch in islice(batches, *bounds):
+        began = time.perf_counter()
+        for batch in islice(batches, last - start):
             loss = self.step(batch.to(self.device))
-            total += loss * batch.num_rows
-            rows += batch.num_rows
-            now = time.perf_counter()
-            if self.on_progress is not None and now - shown > 0.1:
-                shown = now
-                self.show(epoch, rows + bounds[0] * self.options.batch_size, total / rows, rows / (now - started))
-        elapsed = time.perf_counter() - started
-        self.result.seconds += elapsed
-        self.result.rows_per_second = rows / elapsed
-        return total / rows
+            self.part.add(batch.num_rows, loss, time.perf_counter() - began)
+            self.report(epoch, first * options.batch_size)
+            began = time.perf_counter()
+        done, self.part = self.part, _Part()
+        self.result.seconds += done.seconds
+        self.result.rows_per_second = done.rows / done.seconds
+        return done.loss / done.rows
+
+    def report(self, epoch: int, rows_before: int) -> None:
+        """Show where the run is, and keep it, each from time to time."""
+        now, done = time.perf_counter(), self.part
+        if now - self.shown > 0.1:
+            self.shown = now
+            self.show(epoch, rows_before + done.rows, done.loss / done.rows, done.rows / done.seconds)
+        if now - self.saved >= self.checkpoint_every_s:
+            self.save()
+
+    def save(self) -> None:
+        if self.checkpoint is not None:
+            write_checkpoint(self.checkpoint, self.tensors(), self.facts())
+            self.saved = time.perf_counter()
 
     def step(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
@@ -295,6 +337,7 @@ class _Run:
             "position": self.position,
             "misses": self.misses,
             "steps": self.steps,
+            "part": asdict(self.part),
             "seconds": result.seconds,
             "best_value": result.best_value,
             "best_epoch": result.best_epoch,
@@ -321,6 +364,7 @@ class _Run:
         self.average.load_state(parts["average"])
         self.optimizer.load_state(parts["optimizer"])
         self.position, self.misses, self.steps = facts["position"], facts["misses"], facts["steps"]
+        self.part = _Part(**facts.get("part", {}))  # checkpoints were once written after validations alone
         self.result.history = facts["history"]
         self.result.seconds, self.result.rows_per_second = facts["seconds"], facts["rows_per_second"]
         self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]

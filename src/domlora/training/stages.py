@@ -24,7 +24,7 @@ from domlora.models.build import build_model
 from domlora.training.fit import Fit, FitOptions, OnProgress, Rows, fit
 from domlora.training.optimizers import OptimizerOptions
 
-__all__ = ["METHODS", "Recipe", "Stage", "adapt", "adapter_options_of", "pretrain", "seeded"]
+__all__ = ["METHODS", "Recipe", "Stage", "adapt", "adapter_options_of", "pretrain", "seeded", "with_vectors"]
 
 FIRST_STAGES, SECOND_STAGES = ("base", "joint"), ("two_stage", "bias_only")
 METHODS = (*FIRST_STAGES, *SECOND_STAGES)
@@ -68,7 +68,8 @@ def pretrain(
     """Build a model and train every parameter of it on the rows of all domains.
 
     Args:
-        model_options: what ``build_model`` is given: ``name`` and options.
+        model_options: what ``build_model`` is given: ``name`` and options; pretrained vectors that the data come with are
+            added, see :func:`with_vectors`.
         method: ``base``, or ``joint`` to train adapters along with the backbone.
 
     Raises:
@@ -80,7 +81,7 @@ def pretrain(
         raise ConfigError("a model needs a name", received=dict(model_options), next_step="Set model.name")
     stage = recipe.pretrain if method == "base" else recipe.joint
     torch.manual_seed(stage.fit.seed)
-    model = build_model(schema=data.schema, **model_options)
+    model = build_model(schema=data.schema, **with_vectors(model_options, data))
     if method == "joint":
         attach_(model, data.schema.num_domains, **asdict(recipe.adapter))
     return model, fit(model, data, stage.fit, stage.optimizer, checkpoint=checkpoint, on_progress=on_progress)
@@ -119,6 +120,22 @@ def adapt(
         checkpoint=checkpoint,
         on_progress=on_progress,
     )
+
+
+def with_vectors(model_options: Mapping[str, Any], data: Rows) -> dict[str, Any]:
+    """Options of a model with the pretrained vectors that its data come with, unless the options give vectors themselves.
+
+    Example:
+        >>> from domlora.data.synthetic import World
+        >>> with_vectors({"name": "mlp"}, World().dataset(100, seed=1)[0])
+        {'name': 'mlp'}
+    """
+    vectors: Mapping[str, Any] = getattr(data, "vectors", {})
+    if not vectors or "pretrained" in model_options:
+        return dict(model_options)
+    learned: frozenset[str] = getattr(data, "trainable_vectors", frozenset())
+    freeze = {name: name not in learned for name in vectors}
+    return {**model_options, "pretrained": dict(vectors), "freeze_pretrained": freeze}
 
 
 def adapter_options_of(method: str, recipe: Recipe) -> AdapterOptions:

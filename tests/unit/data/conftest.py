@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from domlora.data.engine import Engine, open_engine
 
 AGES = (1, 18, 25, 35, 45, 50, 56)
 JOBS = ("writer", "doctor", "other")
@@ -76,3 +80,22 @@ def layouts(tmp_path_factory, small_rows) -> dict[str, Path]:
         "undated": write_ml_1m(root / "undated", *small_rows, dated=False),
         "parquet": write_parquet_100k(root / "brotli", *small_rows),
     }
+
+
+@pytest.fixture
+def engine(tmp_path) -> Iterator[Engine]:
+    """DuckDB, with a work folder of its own."""
+    with _opened("duckdb", tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["duckdb", pytest.param("spark", marks=pytest.mark.spark)])
+def each_engine(request, tmp_path) -> Iterator[Engine]:
+    """Each engine in turn, for what an engine could do in its own way."""
+    with _opened(request.param, tmp_path) as opened:
+        yield opened
+
+
+def _opened(name: str, folder: Path) -> AbstractContextManager[Engine]:
+    (folder / "work").mkdir()
+    return open_engine(name, folder / "work")

@@ -70,7 +70,7 @@ def test_raw_may_be_the_folder_or_its_parent(tmp_path, where, names) -> None:
 def test_raw_without_the_files_is_refused_whatever_else_there_is(tmp_path) -> None:
     put(cache_folder() / "toys", "a.txt", "b.txt")
     raw = put(tmp_path / "raw", "a.txt")
-    with pytest.raises(DataError, match=r"needs a\.txt and b\.txt or c\.bin. Received: .*raw'"):
+    with pytest.raises(DataError, match=r"needs a\.txt and b\.txt or c\.bin, and there is no b\.txt. Received: .*raw'"):
         find_raw(ARCHIVE, raw)
 
 
@@ -157,3 +157,26 @@ def test_the_faster_of_two_downloads_wins(served, monkeypatch) -> None:
 
     monkeypatch.setattr("domlora.data.files._unpack", unpack_while_another_finishes)
     assert len(find_raw(replace(ARCHIVE, url=f"{address}/toys.zip", md5=md5))) == 2
+
+
+UNFETCHED = Archive("Toys", "toys", (("a.txt", "in/b.txt"), ("c.bin", "d.bin")), publisher="the toy maker")
+
+
+def test_a_set_that_is_not_fetched_says_who_has_it() -> None:
+    with pytest.raises(DataError) as caught:
+        find_raw(UNFETCHED)
+    for part in ("Toys is not on this machine", "Put a.txt and in/b.txt or c.bin and d.bin", "(from the toy maker)"):
+        assert part in str(caught.value)
+    assert str(cache_folder() / "toys") in str(caught.value)
+
+
+def test_a_layout_may_have_folders(tmp_path) -> None:
+    put(tmp_path / "raw" / "toys", "a.txt")
+    put(tmp_path / "raw" / "toys" / "in", "b.txt")
+    assert [path.name for path in find_raw(UNFETCHED, tmp_path / "raw")] == ["a.txt", "b.txt"]
+
+
+def test_half_a_layout_is_told_what_is_missing(tmp_path) -> None:
+    raw = put(tmp_path / "raw", "a.txt")
+    with pytest.raises(DataError, match=r"d\.bin, and there is no in/b\.txt. Received: .*\(from the toy maker\)"):
+        find_raw(UNFETCHED, raw)

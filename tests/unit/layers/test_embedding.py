@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from domlora.layers.embedding import EmbeddingTable, FirstOrder, MixedEmbedding
+from domlora.layers.embedding import EmbeddingTable, Field, FirstOrder, MixedEmbedding, table_for
 
 IDS = torch.tensor([[4, 0], [0, 2], [4, 1]])
 
@@ -48,17 +48,38 @@ def test_offsets_are_not_saved():
     assert list(EmbeddingTable([5, 3], 4).state_dict()) == ["weight"]
 
 
-def test_given_vectors():
-    vectors = torch.randn(5, 4)
-    table = EmbeddingTable.from_pretrained(vectors)
-    assert torch.equal(table(IDS[:, :1]).squeeze(1), vectors[IDS[:, 0]])
-    assert not table.weight.requires_grad
-    assert EmbeddingTable.from_pretrained(vectors, freeze=False).weight.requires_grad
+def test_features_that_share_read_the_same_rows():
+    table = EmbeddingTable([5, 3, 5, 3], embedding_dim=4, owners=[0, 1, 0, 1])
+    ids = torch.tensor([[4, 0, 2, 1], [0, 2, 4, 2]])
+    assert table.weight.shape == (8, 4)
+    y = table(ids)
+    assert torch.equal(y[:, :2], EmbeddingTable.forward(table_with(table.weight, [5, 3]), ids[:, :2]))
+    assert torch.equal(y[:, 2:], EmbeddingTable.forward(table_with(table.weight, [5, 3]), ids[:, 2:]))
+
+
+def test_an_owner_may_stand_behind_those_that_share():
+    table = EmbeddingTable([5, 3, 5], embedding_dim=4, owners=[2, 1, 2])
+    assert table.weight.shape == (8, 4)
+    assert torch.equal(table(torch.tensor([[4, 2, 4]])).squeeze(0), table.weight[[7, 2, 7]])
+
+
+def table_with(weight, num_ids):
+    table = EmbeddingTable(num_ids, weight.shape[1])
+    table.weight = weight
+    return table
+
+
+def test_a_table_without_sequences_is_the_plain_one():
+    torch.manual_seed(3)
+    table = table_for([Field(5), Field(3)], 4, 0.02)
+    assert type(table) is EmbeddingTable
+    torch.manual_seed(3)
+    assert torch.equal(table.weight, torch.empty(8, 4).normal_(0.0, 0.02))
 
 
 def mixed(**options):
     torch.manual_seed(0)
-    return MixedEmbedding([5, 3, 4, 6, 2], [4, 2, 7, 2, 4], 4, **options)
+    return MixedEmbedding([Field(n) for n in (5, 3, 4, 6, 2)], [4, 2, 7, 2, 4], 4, **options)
 
 
 MIXED_IDS = torch.tensor([[4, 2, 3, 5, 1], [0, 0, 0, 0, 0], [1, 2, 1, 4, 0]])
@@ -97,20 +118,19 @@ def test_a_group_of_the_right_width_has_no_map():
     assert layer.state_dict().keys() == dict(layer.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_only_frozen_vectors_have_no_gradient(freeze):
-    layer = mixed(pretrained={2: torch.randn(4, 7)}, freeze=freeze)
+@pytest.mark.parametrize(("trainable", "frozen"), [((), {2, 3}), ((2,), {2}), ((1, 2), set())])
+def test_only_frozen_vectors_have_no_gradient(trainable, frozen):
+    layer = mixed(pretrained={1: torch.randn(3, 2), 2: torch.randn(4, 7)}, trainable=trainable)  # tables 2 and 3
     layer(MIXED_IDS).square().sum().backward()
-    frozen = [name for name, parameter in layer.named_parameters() if parameter.grad is None]
-    assert frozen == (["tables.2.weight"] if freeze else [])
+    assert {number for number, table in enumerate(layer.tables) if table.weight.grad is None} == frozen
 
 
 @pytest.mark.parametrize("width", [2, 64])
 def test_maps_keep_the_scale(width):
     torch.manual_seed(0)
-    layer = MixedEmbedding([2000], [width], 16, init_std=0.02)
+    layer = MixedEmbedding([Field(2000)], [width], 16, init_std=0.02)
     assert layer(torch.arange(2000).view(-1, 1)).std().item() == pytest.approx(0.02, rel=0.25)
-    layer = MixedEmbedding([2000], [width], 16, pretrained={0: torch.randn(2000, width)})
+    layer = MixedEmbedding([Field(2000)], [width], 16, pretrained={0: torch.randn(2000, width)})
     assert layer(torch.arange(2000).view(-1, 1)).std().item() == pytest.approx(1.0, rel=0.25)
 
 
@@ -123,7 +143,7 @@ def test_mixed_without_rows(sparse):
 
 
 def test_first_order_is_a_linear_model():
-    term = FirstOrder([5, 3], num_dense=2)
+    term = FirstOrder([Field(5), Field(3)], num_dense=2)
     dense = torch.randn(3, 2)
     assert term(IDS, dense).eq(0).all()
     with torch.no_grad():
@@ -137,4 +157,4 @@ def test_first_order_is_a_linear_model():
 
 
 def test_first_order_without_dense_columns():
-    assert FirstOrder([5, 3], num_dense=0)(IDS, torch.zeros(3, 0)).shape == (3, 1)
+    assert FirstOrder([Field(5), Field(3)], num_dense=0)(IDS, torch.zeros(3, 0)).shape == (3, 1)

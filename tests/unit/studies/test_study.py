@@ -105,7 +105,7 @@ def test_each_seed_is_a_world_of_its_own(tmp_path: Path) -> None:
         ({"overrides": {"dcn": {}}}, "mlp"),
         ({"config": {"modle": {}}}, "model"),
         ({"datasets": {"x": {"source": "movielens-1m", "folder": "y"}}}, "exactly one"),
-        ({"datasets": {"x": {"source": "movielens-1m", "lable": "y"}}}, "label"),
+        ({"datasets": {"x": {"source": "movielens-1m", "setings": ["y"]}}}, "settings"),
     ],
 )
 def test_a_mistake_is_found_before_anything_runs(options: dict[str, Any], said: str) -> None:

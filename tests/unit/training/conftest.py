@@ -56,9 +56,11 @@ class Watched:
     def fingerprint(self) -> str:
         return self.data.fingerprint()
 
-    def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+    ) -> Iterator[Batch]:
         self.asked.append((split, seed, epoch))
-        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch):
+        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch, start=start):
             if split == "train":
                 if self.kill_after is not None and len(self.sizes) >= self.kill_after:
                     raise KilledError

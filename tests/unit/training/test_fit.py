@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from domlora.errors import ConfigError, DataError, DomloraError, EngineError
 from domlora.evaluation.evaluate import predict
 from domlora.evaluation.metrics import log_loss, macro_auc, wauc
 from domlora.features.batch import Batch
+from domlora.training.checkpoint import write_checkpoint
 from domlora.training.fit import Fit, FitOptions, Progress, fit, loss_of
 from domlora.training.optimizers import Optimizer, OptimizerOptions, Rule
 
@@ -40,6 +42,23 @@ def scores(model: nn.Module, data: Dataset) -> dict[str, float]:
 def figures(found: Fit) -> str:
     """All of a result but how long it took."""
     return json.dumps([found.history, found.best_value, found.best_epoch])
+
+
+@pytest.fixture(scope="module")
+def streamed(data: Dataset, write_prepared: Any, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same rows from Parquet, in row groups of 100."""
+    schema = data.schema
+    hashed = tuple(replace(f, hash_buckets=f.num_ids - 2) if f.kind != "numeric" else f for f in schema.features)
+    splits = {}
+    for split in ("train", "valid"):
+        rows = data.read(split)
+        columns = {f.name: rows.ids[:, slot].numpy().astype(np.int32) for slot, f in enumerate(schema.categorical)}
+        columns |= {f.name: rows.dense[:, place].numpy() for place, f in enumerate(schema.numeric)}
+        columns |= {"__domain": rows.domain.numpy().astype(np.int32), "__label": rows.label.numpy()}
+        splits[split] = [columns]
+    folder = tmp_path_factory.mktemp("streamed") / "data"
+    write_prepared(folder, replace(schema, features=hashed, user=None), splits, group_rows=100)
+    return Dataset.open(folder, in_memory=False)
 
 
 def adapted(click: Any) -> nn.Module:
@@ -342,6 +361,98 @@ def test_killed_while_validating(
     assert digest(resumed) == digest(straight)
 
 
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("kill_after", range(0, 24, 3))
+def test_killed_inside_an_epoch_goes_on_at_the_very_step(
+    click: Any, data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path, options: Any, kill_after: int
+) -> None:
+    how, second = options
+    make = (lambda: adapted(click)) if second else click
+    straight, plain = make(), watched(data)
+    expected = fit(straight, plain, how, FAST, start_is_candidate=second)
+    where = {"start_is_candidate": second, "checkpoint": tmp_path / "run", "checkpoint_every_s": 0.0}
+    before, after = watched(data, kill_after), watched(data)
+    try:
+        fit(make(), before, how, FAST, **where)
+    except killed:
+        torch.rand(99)
+    resumed = make()
+    found = fit(resumed, after, how, FAST, **where)
+    assert figures(found) == figures(expected)
+    assert digest(resumed) == digest(straight)
+    assert before.sizes + after.sizes == plain.sizes
+
+
+def test_killed_after_each_step_of_a_stream(
+    click: Any, streamed: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path
+) -> None:
+    how = replace(QUICK, batch_size=150, max_epochs=2, average_decay=0.9, schedule="cosine")
+    straight = click()
+    expected = fit(straight, streamed, how, FAST)
+    deaths = 0
+    while True:
+        resumed = click()
+        try:
+            found = fit(resumed, watched(streamed, 1), how, FAST, checkpoint=tmp_path / "run", checkpoint_every_s=0)
+            break
+        except killed:
+            deaths += 1
+    assert deaths == 11  # of 12 steps
+    assert figures(found) == figures(expected)
+    assert digest(resumed) == digest(straight)
+
+
+def test_a_run_on_rows_in_memory_does_not_go_on_with_streamed_ones(
+    click: Any, streamed: Dataset, watched: Any, killed: Any, tmp_path: Path
+) -> None:
+    """Their order is another."""
+    with pytest.raises(killed):
+        fit(click(), watched(streamed, 2), QUICK, FAST, checkpoint=tmp_path / "run", checkpoint_every_s=0)
+    with pytest.raises(ConfigError, match="the data it began with"):
+        fit(click(), Dataset.open(streamed._folder), QUICK, FAST, checkpoint=tmp_path / "run")
+
+
+def test_when_a_checkpoint_is_written(
+    click: Any, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, int]] = []
+
+    def watched(folder: Path, tensors: Any, facts: Any) -> None:
+        written.append((facts["position"], facts["part"]["steps"]))
+        write_checkpoint(folder, tensors, facts)
+
+    monkeypatch.setattr("domlora.training.fit.write_checkpoint", watched)
+    how = replace(QUICK, batch_size=450, max_epochs=2)
+    digests = set()
+    for every_s, expected in ((600.0, [(1, 0), (2, 0)]), (0.0, [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)])):
+        written.clear()
+        found = fit(click(), data, how, FAST, checkpoint=tmp_path / f"{every_s}", checkpoint_every_s=every_s)
+        digests.add(figures(found))
+        assert written == expected
+    assert len(digests) == 1
+
+
+def test_a_checkpoint_from_before_there_were_parts(
+    click: Any, data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path
+) -> None:
+    straight = click()
+    expected = fit(straight, data, QUICK, FAST)
+    with pytest.raises(killed):
+        fit(click(), watched(data, 10), QUICK, FAST, checkpoint=tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
+    assert facts.pop("part") == {"steps": 0, "rows": 0, "loss": 0.0, "seconds": 0.0}
+    (tmp_path / "run" / "checkpoint.json").write_text(json.dumps(facts))
+    resumed = click()
+    assert figures(fit(resumed, data, QUICK, FAST, checkpoint=tmp_path / "run")) == figures(expected)
+    assert digest(resumed) == digest(straight)
+
+
+@pytest.mark.parametrize("every_s", [-1.0, math.nan])
+def test_a_period_out_of_range(click: Any, data: Dataset, every_s: float) -> None:
+    with pytest.raises(ConfigError, match="checkpoint_every_s must be at least 0"):
+        fit(click(), data, QUICK, FAST, checkpoint_every_s=every_s)
+
+
 def test_killed_again_and_again(
     click: Any, data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path
 ) -> None:
@@ -470,9 +581,11 @@ def test_rows_need_no_dataset(click: Any, data: Dataset) -> None:
         def fingerprint(self) -> str:
             return data.fingerprint()
 
-        def batches(self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[Batch]:
+        def batches(
+            self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+        ) -> Iterator[Batch]:
             rows = data.read(split)
-            for start in range(0, 200, batch_size):
-                yield rows.take(slice(start, min(start + batch_size, 200)))
+            for first in range(start * batch_size, 200, batch_size):
+                yield rows.take(slice(first, min(first + batch_size, 200)))
 
     assert len(fit(click(), Rows(), QUICK, FAST).history) == 3

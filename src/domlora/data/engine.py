@@ -1,0 +1,132 @@
+"""Where table expressions run: DuckDB on this machine by default, or Spark; both give the same rows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import duckdb
+import ibis
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from domlora.errors import ConfigError, DataError, nearest
+
+__all__ = ["Engine", "EngineName", "open_engine"]
+
+EngineName = Literal["duckdb", "spark"]
+_BATCH_ROWS = 1 << 17
+_HASH_DIGITS = 15  # of md5, in hexadecimal: 60 bits, which fit a signed integer
+
+
+@ibis.udf.scalar.builtin(name="conv", signature=(("string", "int32", "int32"), "string"))
+def _in_base(digits: Any, base: int, other: int) -> str: ...  # type: ignore[empty-body]
+
+
+class Engine:
+    """A connection, and a folder for what is computed once.
+
+    Args:
+        connection: an Ibis backend.
+        name: which.
+        work: a folder that is thrown away afterwards.
+    """
+
+    def __init__(self, connection: Any, name: EngineName, work: Path) -> None:
+        self.connection, self.name, self.work = connection, name, work
+        self._stored = 0
+
+    def read(self, paths: Sequence[Path]) -> Any:
+        """A lazy table of Parquet files of one schema."""
+        if self.name == "duckdb":
+            # a folder called day=7 would replace what a column called day holds
+            return self.connection.read_parquet([str(path) for path in paths], hive_partitioning=False)
+        frame = self.connection._session.read.parquet(*(str(path) for path in paths))
+        name = ibis.util.gen_name("domlora")
+        frame.createOrReplaceTempView(name)
+        return self.connection.table(name)
+
+    def stored(self, rows: Any) -> Any:
+        """The rows, computed once: kept in files in the work folder, never in memory."""
+        return self.read(self.written(rows))
+
+    def batches(self, rows: Any) -> Iterator[pa.RecordBatch]:
+        """The rows a piece at a time, in no order."""
+        yield from ds.dataset([str(path) for path in self.written(rows)], format="parquet").to_batches(
+            batch_size=_BATCH_ROWS
+        )
+
+    def written(self, rows: Any) -> list[Path]:
+        """The rows as Parquet files in the work folder."""
+        self._stored += 1
+        path = self.work / f"stored-{self._stored:03d}.parquet"
+        self.connection.to_parquet(rows, path)
+        return [path] if path.is_file() else sorted(path.glob("*.parquet"))
+
+    def number(self, text: Any) -> Any:
+        """A hash of a text that is equal everywhere: the first 60 bits of its md5 as an integer."""
+        return self.integer(text.hexdigest("md5"))
+
+    def integer(self, digest: Any) -> Any:
+        """The first 60 bits of a hexadecimal text as an integer."""
+        digits = digest.left(_HASH_DIGITS)
+        if self.name == "spark":
+            return _in_base(digits, 16, 10).cast("int64")
+        return (ibis.literal("0x") + digits).cast("int64")
+
+
+@contextmanager
+def open_engine(name: str, work: Path | None = None, *, memory_bytes: int = 3 << 29) -> Iterator[Engine]:
+    """An engine, whose files are gone when the block ends.
+
+    Args:
+        name: ``duckdb`` or ``spark``.
+        work: where its temporary folder is made; by default where temporary files are.
+        memory_bytes: what DuckDB may take before it writes to the temporary folder. Spark has its own settings.
+
+    Raises:
+        ConfigError: no such engine, or it is not installed.
+        DataError: what the engine said about the rows.
+    """
+    if name not in get_args(EngineName):
+        raise ConfigError("unknown engine", received=name, next_step=nearest(name, get_args(EngineName)))
+    folder = Path(tempfile.mkdtemp(prefix=".domlora-", dir=work))
+    try:
+        if name == "spark":
+            yield Engine(_spark(), "spark", folder)
+        else:
+            yield Engine(_duckdb(folder, memory_bytes), "duckdb", folder)
+    except Exception as error:
+        if not isinstance(error, duckdb.Error) and not type(error).__module__.startswith(("py4j.", "pyspark.")):
+            raise
+        said = "; ".join(str(error).splitlines()[:3])
+        raise DataError(f"the rows cannot be used ({said})", next_step="Check the raw files") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _duckdb(folder: Path, memory_bytes: int) -> Any:
+    return ibis.duckdb.connect(
+        temp_directory=str(folder / "spilled"),
+        memory_limit=f"{memory_bytes >> 20}MiB",
+        preserve_insertion_order=False,
+        threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+
+
+def _spark() -> Any:
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise ConfigError(
+            f"the engine 'spark' needs more libraries ({error})", next_step="Install them: pip install 'domlora[spark]'"
+        ) from error
+    builder = SparkSession.builder.appName("domlora")
+    # what the user's own settings (spark-defaults.conf, spark-submit) say stays as it is
+    builder = builder.config("spark.sql.session.timeZone", "UTC").config("spark.sql.ansi.enabled", "false")
+    return ibis.pyspark.connect(builder.getOrCreate())
