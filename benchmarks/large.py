@@ -42,6 +42,7 @@ DOMAINS = 30
 PLAN = """
 [source]
 files = ["log/*.parquet"]
+key = ["impression"]
 
 [columns]
 domain = "scene"
@@ -73,6 +74,7 @@ def generate(folder: Path, rows: int) -> None:
             continue
         random, count = np.random.default_rng(number), min(FILE_ROWS, rows - number * FILE_ROWS)
         columns = {name: numbers(random, size, count) for name, size in SIZES.items()}
+        columns["impression"] = np.arange(count) + number * FILE_ROWS
         scene = random.choice(DOMAINS, count, p=share / share.sum())
         price = np.exp(random.normal(size=count))
         logit = -2 + taste[scene, columns["item"] % 97] + 0.5 * taste[0, columns["user"] % 97] - 0.3 * np.log(price)
@@ -131,7 +133,12 @@ def main() -> None:
     started = time.perf_counter()
     rows = {"prepare": prepare, "train": train}[arguments.only](arguments.folder)
     seconds = time.perf_counter() - started
-    facts = {"rows": rows, "seconds": round(seconds), "rows_per_s": round(rows / seconds), "peak_gib": peak_bytes() / 2**30}
+    facts = {
+        "rows": rows,
+        "seconds": round(seconds),
+        "rows_per_s": round(rows / seconds),
+        "peak_gib": peak_bytes() / 2**30,
+    }
     print(json.dumps({arguments.only: facts}))
 
 

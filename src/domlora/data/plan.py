@@ -40,7 +40,8 @@ class Source:
         separator: of a CSV; by default a tab for ``.tsv``, else a comma.
         names: the columns of a CSV without a header line.
         encoding: of a CSV, such as ``latin-1``.
-        key: columns that tell rows apart; by default all that are read. Order and random split hang on their text alone.
+        key: columns that tell rows apart: order and random split hang on their text alone, so that rows of one key stay
+            together. By default all columns that are read, which takes longer.
         options: of a published set, such as the categories of Amazon.
     """
 

@@ -165,9 +165,21 @@ class _Preparation:
         check_columns(self.plan, self.raw.name, table.schema())
         names = dict.fromkeys([*needed(self.plan), *self.raw.key])
         rows = _with_order(table.select(**{name: plain(table[name]) for name in names}), self.plan.columns.time)
-        texts = [rows[name].cast("string").fill_null("") for name in self._key(rows)]
-        text = joined([ibis.literal(str(self.plan.split.seed)), joined(texts, "|"), ibis.literal("0")], ":")
-        return rows.mutate(__hash=text.hexdigest("md5"))
+        key = self._key(rows)
+        text = joined([rows[name].cast("string").fill_null("") for name in key], "|")
+        repeat = ibis.literal("0")
+        if not self._has_key:  # rows that are equal in their texts and integers are told apart by what else they hold
+            rows = rows.mutate(__key=text)
+            others = [name for name in rows.columns if name not in (*key, "__key")] or key[:1]
+            rows = rows.mutate(__repeat=ibis.row_number().over(group_by="__key", order_by=others))
+            text, repeat = rows["__key"], rows["__repeat"].cast("string")
+        seed = ibis.literal(str(self.plan.split.seed))
+        rows = rows.mutate(__hash=joined([seed, text, repeat], ":").hexdigest("md5"))
+        return rows if self._has_key else rows.drop("__key", "__repeat")
+
+    @property
+    def _has_key(self) -> bool:
+        return bool(self.plan.source.key or self.raw.key)
 
     def _key(self, rows: Any) -> list[str]:
         """Engines print other types than these in different ways."""

@@ -72,9 +72,17 @@ def open_log(
     if kind == "parquet":
         check_parquet(paths, wanted)
     elif kind == "csv":
-        separator = source.separator or separator_of(paths[0])
-        _refuse_unknown(wanted, header_of(paths[0], Dialect(separator)), paths[0])
-        converted = delimited_to_parquet(paths, engine.work, separator=separator, columns=wanted, progress=progress)
+        dialect = Dialect(source.separator or separator_of(paths[0]), encoding=source.encoding)
+        _refuse_unknown(wanted, source.names or header_of(paths[0], dialect), paths[0])
+        converted = delimited_to_parquet(
+            paths,
+            engine.work,
+            names=source.names or None,
+            separator=dialect.separator,
+            encoding=source.encoding,
+            columns=wanted,
+            progress=progress,
+        )
     else:
         _refuse_unknown_keys(wanted, paths)
         converted = json_lines_to_parquet(paths, engine.work, columns=wanted, progress=progress)
@@ -82,6 +90,7 @@ def open_log(
         name=", ".join(source.files),
         table=engine.read(converted.paths).select(*wanted),
         key=source.key,
+        folder=folder,
         inputs={_label(path, folder): sha256_of(path) for path in paths},
         rejected=converted.rejected,
         rejected_rows=converted.rejected_rows,

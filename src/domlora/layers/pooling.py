@@ -65,7 +65,7 @@ def sum_of_bags(weight: Tensor, bags: Bags, *, sparse: bool = False) -> Tensor:
 def max_of_bags(weight: Tensor, bags: Bags, *, sparse: bool = False) -> Tensor:
     """The largest number of each bag's rows, one by one of their ``E``; zeros for an empty bag.
 
-    Equal largest numbers share the gradient equally.
+    Of equal largest numbers the first has the gradient.
 
     **Shape**: ``weight (rows, E)`` and ``N`` bags to ``(N, E)``.
 
@@ -76,8 +76,10 @@ def max_of_bags(weight: Tensor, bags: Bags, *, sparse: bool = False) -> Tensor:
                 [-2., -3.],
                 [ 0.,  0.]])
     """
-    out: Tensor = _MaxOfBags.apply(weight, *bags, sparse)  # type: ignore[no-untyped-call]
-    return out
+    rows = bags.rows
+    if sparse:  # torch has no sparse gradient of a maximum, but one of the rows that it is taken of
+        weight, rows = F.embedding(rows, weight, sparse=True), torch.arange(len(rows), device=rows.device)
+    return F.embedding_bag(rows, weight, bags.starts, mode="max")
 
 
 def pool(vectors: Tensor, kept: Tensor, pooling: Pooling) -> Tensor:
@@ -93,7 +95,7 @@ def pool(vectors: Tensor, kept: Tensor, pooling: Pooling) -> Tensor:
     """
     left_out = ~kept.unsqueeze(-1)
     if pooling == "max":
-        largest = vectors.masked_fill(left_out, -torch.inf).amax(1)
+        largest = vectors.masked_fill(left_out, -torch.inf).max(1).values  # the first one has the gradient, unlike amax
         return largest.masked_fill(left_out.all(1), 0.0)
     total = vectors.masked_fill(left_out, 0.0).sum(1)
     return total if pooling == "sum" else total / kept.sum(1, keepdim=True).clamp(min=1)
@@ -111,28 +113,6 @@ class _SumOfBags(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
         rows, counts = ctx.saved_tensors
         by_row = grad.repeat_interleave(counts, dim=0, output_size=len(rows))  # (N, E) -> (P, E)
-        return _gradient(ctx.shape, rows, by_row, ctx.sparse), None, None, None, None
-
-
-class _MaxOfBags(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, rows: Tensor, starts: Tensor, counts: Tensor, sparse: bool) -> Tensor:  # type: ignore[no-untyped-def]
-        vectors = weight.index_select(0, rows)
-        largest = torch.segment_reduce(vectors, "max", lengths=counts, unsafe=True)  # unsafe: the counts are right
-        largest.masked_fill_((counts == 0).unsqueeze(1), 0.0)
-        ctx.save_for_backward(vectors, largest, rows, starts, counts)
-        ctx.shape, ctx.sparse = weight.shape, sparse
-        return largest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
-        # torch's own, of segment_reduce, divides positive gradients alone among equal numbers
-        vectors, largest, rows, starts, counts = ctx.saved_tensors
-        bag = torch.repeat_interleave(counts, output_size=len(rows))  # (P,)
-        hits = (vectors == largest.index_select(0, bag)).to(grad.dtype)
-        num_hits = F.embedding_bag(torch.arange(len(rows), device=rows.device), hits, starts, mode="sum")
-        by_row = (grad / num_hits.clamp_(min=1)).index_select(0, bag).mul_(hits)
         return _gradient(ctx.shape, rows, by_row, ctx.sparse), None, None, None, None
 
 

@@ -191,6 +191,17 @@ def test_rows_with_one_key_are_in_an_order_too(tmp_path: Path) -> None:
     assert one["rows"]["kept"] == size
 
 
+def test_without_a_key_equal_rows_are_split_like_others(tmp_path: Path) -> None:
+    """Rows of few distinct values: a split by value would put all rows of one value on one side."""
+    size = 1000
+    columns = {"x": ["a"] * size, "d": ["u"] * size, "click": [1, 0] * (size // 2), "age": [0.5, None] * (size // 2)}
+    changes = {"source": {"key": []}, "features": {"age": {"kind": "numeric"}}}
+    manifest = run(tmp_path / "a", columns, changes)
+    assert [manifest["splits"][split]["rows"] for split in SPLITS] == [600, 200, 200]
+    backwards = run(tmp_path / "b", {name: column[::-1] for name, column in columns.items()}, changes)
+    assert backwards["files"] == manifest["files"]
+
+
 def test_many_rows_are_in_order_too(tmp_path: Path) -> None:
     """Enough rows for the engine to work in parallel, which loses any order that is not asked for."""
     number = 130_000
