@@ -193,10 +193,10 @@ def test_any_log_gets_the_documented_rows(duck, rows, plan) -> None:
 
 
 @pytest.mark.parametrize("rule", ["paper", "popularity"])
-def test_order_of_rows_and_number_of_files_do_not_matter(engine, rule) -> None:
+def test_order_of_rows_and_number_of_files_do_not_matter(duck, rule) -> None:
     rows = log(50, 60, 6, seed=3)
     shuffled = random.Random(1).sample(rows, len(rows))
-    assert added(engine, rows, Negatives(rule)) == added(engine, shuffled, Negatives(rule), files=3)
+    assert added(duck, rows, Negatives(rule)) == added(duck, shuffled, Negatives(rule), files=3)
 
 
 def test_other_domains_do_not_matter(duck) -> None:
@@ -241,10 +241,10 @@ def test_ratios_round_to_the_nearest_and_halves_up(duck) -> None:
         assert sum(row["__user_text"] == "u" for row in found) == size
 
 
-def test_nobody_gets_more_than_there_is(engine) -> None:
+def test_nobody_gets_more_than_there_is(duck) -> None:
     rows = [click("greedy", f"i{n}") for n in range(9)] + [click("modest", "i9"), click("all", "i0", 1)]
     for rule in ("paper", "uniform", "popularity"):
-        found = pairs(added(engine, rows, Negatives(rule, ratio=50, ratios={"books": 0.01 if rule == "paper" else 50})))
+        found = pairs(added(duck, rows, Negatives(rule, ratio=50, ratios={"books": 0.01 if rule == "paper" else 50})))
         assert found == Counter([(0, "greedy", "i9"), *((0, "modest", f"i{n}") for n in range(9))])
 
 
