@@ -243,7 +243,7 @@ class FuxiCTR:
         features = FeatureMap("bench", "")
         for each in schema.categorical:
             features.features[each.name] = {"type": "categorical", "source": "", "vocab_size": each.num_ids}
-        features.labels, features.num_fields, features.default_emb_dim = ["label"], schema.num_slots, DIM
+        features.labels, features.num_fields, features.default_emb_dim = ["label"], schema.num_fields, DIM
         features.set_column_index()
         self.features, self.names = features, names_of(schema)
         self.model = model = _fuxictr_deepfm(features)

@@ -5,16 +5,17 @@
 ``--raw`` holds one Parquet file a category with ``reviewerID`` and ``asin``. Without it a log of the sizes of the paper's
 Amazon-6 is made: six domains, 445,789 users, 172,653 items, 4.3 million clicks; an item's share falls off as 1/rank.
 
-* ``loop``: written anew from a description of the authors' code, in plain pandas. For each user of a domain, the domain's items
-  without the user's own as a set difference, and a random sample of what is left; for the split the negatives of each user
-  are shuffled and cut in three, parts rounded up, while clicks are cut once a domain. It is timed on some users of each domain
-  (``--users``, evenly taken from all, with all of the domain's items to draw from) and scaled by the row.
+* ``loop``: written anew from a description of the authors' code, in plain pandas. For each user of a domain, the domain's
+  items without the user's own as a set difference, and a random sample of what is left; for the split the negatives of each
+  user are shuffled and cut in three, parts rounded up, while clicks are cut once a domain. It is timed on some users of each
+  domain (``--users``, evenly taken from all, with all of the domain's items to draw from) and scaled by the row.
 * ``ours``: ``domlora.data.negatives.sampled`` on DuckDB for the whole log with the rule ``paper``, then
   ``domlora.data.split.with_split``. Both end in Parquet files.
 
 Arms take turns within one process. The loop starts from frames in memory, ours from a Parquet file that has each row's hash,
-as preparing has at that point. The loop has one core (the authors run one process for each domain), ours all that the process
-may use; the ratio a core is printed too. The last line is one JSON object: how many times as fast ours is, by the row.
+as preparing has at that point. The loop has one core (the authors run one process for each domain), ours all that the
+process may use; the ratio a core is printed too. What a user costs the loop grows with the items of its domain, what a row
+costs ours does not, so the ratio hangs on the log. The last line is one JSON object of ratios, by the row.
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ def main() -> None:
         f"{len(logs)} domains, {sum(map(len, logs.values())):,} clicks, {items:,} items; {cores} cores; {rounds} rounds"
     )
     with tempfile.TemporaryDirectory() as folder, open_engine("duckdb", Path(folder)) as engine:
+        engine.connection.raw_sql("SET enable_progress_bar = false")
         clicks = stored_log(engine, logs)
         timings = take_turns(arms_of(logs, users, engine, clicks), seconds=0, min_rounds=rounds)
     found = {}

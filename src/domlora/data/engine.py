@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import duckdb
 import ibis
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from ibis.expr.operations import DatabaseTable
 
 from domlora.errors import ConfigError, DataError, nearest
 
@@ -39,7 +40,7 @@ class Engine:
 
     def __init__(self, connection: Any, name: EngineName, work: Path) -> None:
         self.connection, self.name, self.work = connection, name, work
-        self._stored = 0
+        self._stored: dict[str, list[Path]] = {}  # the name of a table → its files
 
     def read(self, paths: Sequence[Path]) -> Any:
         """A lazy table of Parquet files of one schema."""
@@ -53,18 +54,21 @@ class Engine:
 
     def stored(self, rows: Any) -> Any:
         """The rows, computed once: kept in files in the work folder, never in memory."""
-        return self.read(self.written(rows))
+        paths = self._written(rows)
+        table = self.read(paths)
+        self._stored[table.get_name()] = paths
+        return table
 
     def batches(self, rows: Any) -> Iterator[pa.RecordBatch]:
         """The rows a piece at a time, in no order."""
-        yield from ds.dataset([str(path) for path in self.written(rows)], format="parquet").to_batches(
-            batch_size=_BATCH_ROWS
-        )
+        operation = rows.op()
+        known = self._stored.get(operation.name) if isinstance(operation, DatabaseTable) else None
+        for path in known or self._written(rows):
+            with pq.ParquetFile(path, pre_buffer=False) as file:  # else all of a file stays in memory until its end
+                yield from file.iter_batches(_BATCH_ROWS)
 
-    def written(self, rows: Any) -> list[Path]:
-        """The rows as Parquet files in the work folder."""
-        self._stored += 1
-        path = self.work / f"stored-{self._stored:03d}.parquet"
+    def _written(self, rows: Any) -> list[Path]:
+        path = self.work / f"{ibis.util.gen_name('rows')}.parquet"
         self.connection.to_parquet(rows, path)
         return [path] if path.is_file() else sorted(path.glob("*.parquet"))
 
@@ -111,12 +115,14 @@ def open_engine(name: str, work: Path | None = None, *, memory_bytes: int = 3 <<
 
 
 def _duckdb(folder: Path, memory_bytes: int) -> Any:
-    return ibis.duckdb.connect(
+    connection = ibis.duckdb.connect(
         temp_directory=str(folder / "spilled"),
         memory_limit=f"{memory_bytes >> 20}MiB",
         preserve_insertion_order=False,
         threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
+    connection.raw_sql("SET enable_progress_bar = false")  # it has its own, also where nobody watches
+    return connection
 
 
 def _spark() -> Any:

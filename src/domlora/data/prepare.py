@@ -22,7 +22,7 @@ from domlora.data.checks import check_columns, check_plan, needed
 from domlora.data.columns import ColumnEncoder
 from domlora.data.dataset import FORMAT, FORMAT_VERSION
 from domlora.data.engine import Engine, open_engine
-from domlora.data.expressions import cells, coded, coded_together, joined, plain
+from domlora.data.expressions import cells, coded, coded_together, in_order, joined, plain
 from domlora.data.filters import filtered
 from domlora.data.fitting import fit_encoder
 from domlora.data.labels import LabelRule, zero_or_one
@@ -166,12 +166,11 @@ class _Preparation:
         names = dict.fromkeys([*needed(self.plan), *self.raw.key])
         rows = _with_order(table.select(**{name: plain(table[name]) for name in names}), self.plan.columns.time)
         key = self._key(rows)
-        text = joined([rows[name].cast("string").fill_null("") for name in key], "|")
+        text = joined([_text_of(rows[name]).fill_null("") for name in key], "|")
         repeat = ibis.literal("0")
         if not self._has_key:  # rows that are equal in their texts and integers are told apart by what else they hold
             rows = rows.mutate(__key=text)
-            others = [name for name in rows.columns if name not in (*key, "__key")] or key[:1]
-            rows = rows.mutate(__repeat=ibis.row_number().over(group_by="__key", order_by=others))
+            rows = rows.mutate(__repeat=ibis.row_number().over(group_by="__key", order_by=in_order(rows)))
             text, repeat = rows["__key"], rows["__repeat"].cast("string")
         seed = ibis.literal(str(self.plan.split.seed))
         rows = rows.mutate(__hash=joined([seed, text, repeat], ":").hexdigest("md5"))
@@ -184,7 +183,7 @@ class _Preparation:
     def _key(self, rows: Any) -> list[str]:
         """Engines print other types than these in different ways."""
         types = rows.schema()
-        usable = [n for n in rows.columns if types[n].is_string() or types[n].is_integer() or types[n].is_boolean()]
+        usable = [name for name in rows.columns if _has_text(types[name])]
         key = list(self.plan.source.key or self.raw.key or usable)
         for name in key:
             if name not in usable:
@@ -322,6 +321,18 @@ class _Preparation:
             piles.deal(columns.encode(batch), batch.column(ORDER_COLUMN), batch.column("__split"))
             shown(batch.num_rows)
         return piles.write(self.out, shown)
+
+
+def _has_text(kind: Any) -> bool:
+    if kind.is_array():
+        return bool(kind.value_type.is_string() or kind.value_type.is_integer())
+    return bool(kind.is_string() or kind.is_integer() or kind.is_boolean())
+
+
+def _text_of(column: Any) -> Any:
+    if not column.type().is_array():
+        return column.cast("string")
+    return (column if column.type().value_type.is_string() else column.map(lambda each: each.cast("string"))).join(",")
 
 
 def _with_order(rows: Any, time: str | None) -> Any:

@@ -102,4 +102,5 @@ class Quarantine:
 def _sorted(table: pa.Table) -> pa.Table:
     """The rows in an order that hangs on nothing but themselves."""
     rows = sorted(table.to_pylist(), key=repr)
-    return pa.table({f.name: pa.array([row[f.name] for row in rows], f.type) for f in table.schema})
+    kinds = {f.name: pa.list_(f.type.value_type) if pa.types.is_list(f.type) else f.type for f in table.schema}
+    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()})

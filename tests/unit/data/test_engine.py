@@ -55,6 +55,6 @@ def test_an_unknown_engine_is_refused() -> None:
 def test_what_the_engine_says_is_one_line(tmp_path: Path) -> None:
     path = written(tmp_path, pa.table({"text": ["x"]}))
     with pytest.raises(DataError, match="cannot be used") as error, open_engine("duckdb", tmp_path) as engine:
-        engine.written(engine.read([path]).mutate(n=lambda t: t.text.cast("int64")))
+        engine.stored(engine.read([path]).mutate(n=lambda t: t.text.cast("int64")))
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["raw.parquet"]
