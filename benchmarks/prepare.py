@@ -41,10 +41,10 @@ from rounds import digits, take_turns
 
 from domlora.data.engine import Engine, open_engine
 from domlora.data.expressions import size
-from domlora.data.negatives import click_shares, sampled
 from domlora.data.plan import Negatives, Split
-from domlora.data.shuffle import ORDER_COLUMN
-from domlora.data.split import with_split
+from domlora.data.preparing.negatives import click_shares, sampled
+from domlora.data.preparing.shuffle import ORDER_COLUMN
+from domlora.data.preparing.split import with_split
 
 CLICKS = (231_392, 800_357, 798_415, 137_788, 1_828_971, 497_577)  # reviews of the six 5-core categories of 2018
 USERS, ITEMS = 445_789, 172_653

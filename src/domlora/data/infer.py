@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from domlora.data.facts import Facts, facts_of
-from domlora.data.feature_guesses import FeatureGuess, guess_features
-from domlora.data.guesses import Roles, guess_roles, plausible_domains, told_by_item
+from domlora.data.drafts.facts import Facts, facts_of
+from domlora.data.drafts.feature_guesses import FeatureGuess, guess_features
+from domlora.data.drafts.guesses import Roles, guess_roles, plausible_domains, told_by_item
+from domlora.data.drafts.sample import Sample, sample_of
 from domlora.data.plan import FeaturePlan
 from domlora.data.readers import find_files
-from domlora.data.sample import Sample, sample_of
 
 __all__ = ["draft"]
 

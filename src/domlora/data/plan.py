@@ -201,7 +201,9 @@ class Negatives:
     def __post_init__(self) -> None:
         if self.rule not in get_args(NegativeRule):
             raise ConfigError(
-                "unknown rule of negatives", received=self.rule, next_step=nearest(str(self.rule), get_args(NegativeRule))
+                "unknown rule of negatives",
+                received=self.rule,
+                next_step=nearest(str(self.rule), get_args(NegativeRule)),
             )
         if not all(ratio > 0 for ratio in (self.ratio, *self.ratios.values())):
             raise ConfigError("ratios of negatives must be above 0", received=self)

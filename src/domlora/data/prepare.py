@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any
 import ibis
 import pyarrow as pa
 
-from domlora.data.checks import check_columns, check_plan, needed
-from domlora.data.columns import ColumnEncoder
 from domlora.data.dataset import FORMAT, FORMAT_VERSION
 from domlora.data.engine import Engine, open_engine
 from domlora.data.expressions import cells, coded, coded_together, in_order, joined, plain
-from domlora.data.filters import filtered
-from domlora.data.fitting import fit_encoder
-from domlora.data.labels import LabelRule, zero_or_one
-from domlora.data.negatives import sampled
 from domlora.data.plan import Plan
-from domlora.data.quarantine import NUMBER, Quarantine
+from domlora.data.preparing.checks import check_columns, check_plan, needed
+from domlora.data.preparing.columns import ColumnEncoder
+from domlora.data.preparing.filters import filtered
+from domlora.data.preparing.fitting import fit_encoder
+from domlora.data.preparing.labels import LabelRule, zero_or_one
+from domlora.data.preparing.negatives import sampled
+from domlora.data.preparing.quarantine import NUMBER, Quarantine
+from domlora.data.preparing.shuffle import ORDER_COLUMN, Piles
+from domlora.data.preparing.split import SPLITS, with_split
+from domlora.data.preparing.vectors import write_vectors
 from domlora.data.raw import RawTable
 from domlora.data.readers import open_log
-from domlora.data.shuffle import ORDER_COLUMN, Piles
 from domlora.data.sources import open_source
-from domlora.data.split import SPLITS, with_split
-from domlora.data.vectors import write_vectors
 from domlora.errors import SchemaError
 from domlora.features.encode import Encoder
 from domlora.features.text import canonical_text, domain_text

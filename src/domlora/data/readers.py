@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from domlora.data.delimited import delimited_to_parquet, header_of
-from domlora.data.dialect import Dialect
 from domlora.data.engine import Engine
-from domlora.data.json_lines import holds_key, json_columns, json_lines_to_parquet
 from domlora.data.plan import Format, Source
 from domlora.data.raw import RawTable
-from domlora.data.text_files import Converted, common_columns, refuse_repeated
+from domlora.data.reading.delimited import delimited_to_parquet, header_of
+from domlora.data.reading.dialect import Dialect
+from domlora.data.reading.json_lines import holds_key, json_columns, json_lines_to_parquet
+from domlora.data.reading.text_files import Converted, common_columns, refuse_repeated
 from domlora.errors import ConfigError, DataError, SchemaError, nearest
 from domlora.files import sha256_of
 

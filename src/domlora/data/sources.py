@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domlora.data.aliccp import ali_ccp
-from domlora.data.amazon import amazon
-from domlora.data.ebnerd import ebnerd
 from domlora.data.engine import Engine
-from domlora.data.kuairand import kuairand
-from domlora.data.movielens import movielens_1m, movielens_20m, movielens_25m, movielens_100k
+from domlora.data.published.aliccp import ali_ccp
+from domlora.data.published.amazon import amazon
+from domlora.data.published.ebnerd import ebnerd
+from domlora.data.published.kuairand import kuairand
+from domlora.data.published.movielens import movielens_1m, movielens_20m, movielens_25m, movielens_100k
+from domlora.data.published.taobao import taobao_theme
 from domlora.data.raw import RawTable
-from domlora.data.taobao import taobao_theme
 from domlora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

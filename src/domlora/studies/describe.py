@@ -12,11 +12,21 @@ from domlora.data.dataset import SPLITS, Dataset
 from domlora.errors import ConfigError
 from domlora.features.encode import Encoder
 from domlora.features.schema import FIRST_ID, Feature, Schema
-from domlora.studies.census import TEST, TRAIN, Census, IdCensus, NumberCensus, take_census
-from domlora.studies.facts import Clicks, Coverage, DomainFacts, Facts, FeatureFacts, Overlap, Reach, RowFlow, share
-from domlora.studies.facts_text import to_markdown
-from domlora.studies.reach import Kind, overlap, reaches
-from domlora.studies.remarks import remarks
+from domlora.studies.describing.census import TEST, TRAIN, Census, IdCensus, NumberCensus, take_census
+from domlora.studies.describing.facts import (
+    Clicks,
+    Coverage,
+    DomainFacts,
+    Facts,
+    FeatureFacts,
+    Overlap,
+    Reach,
+    RowFlow,
+    share,
+)
+from domlora.studies.describing.facts_text import to_markdown
+from domlora.studies.describing.reach import Kind, overlap, reaches
+from domlora.studies.describing.remarks import remarks
 
 __all__ = ["Description", "describe"]
 
@@ -28,7 +38,7 @@ _MADE = ("library_version", "encoder_fingerprint", "inputs", "plan")
 
 @dataclass(frozen=True, slots=True)
 class Description(Facts):
-    """The figures of a dataset (see :class:`domlora.studies.facts.Facts`), and two ways to read them."""
+    """The figures of a dataset (see :class:`domlora.studies.describing.facts.Facts`), and two ways to read them."""
 
     def to_markdown(self) -> str:
         """Plain Markdown with aligned tables for a terminal; the largest domains only, if there are many."""
@@ -41,7 +51,7 @@ class Description(Facts):
             ConfigError: the libraries of the extra ``report`` are not installed.
         """
         try:
-            from domlora.studies.facts_page import to_html
+            from domlora.studies.describing.facts_page import to_html
         except ImportError as error:
             raise ConfigError(
                 f"a page needs more libraries ({error})", next_step="Install them with: pip install 'domlora[report]'"

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from domlora.studies.facts import Clicks, DomainFacts
-from domlora.studies.facts_text import interval
+from domlora.studies.describing.facts import Clicks, DomainFacts
+from domlora.studies.describing.facts_text import interval
 from domlora.studies.statistics import interval_text, score_text, spread, verdict
 from domlora.studies.tables import METHODS, Cell, Curve, DomainRow, ParameterRow
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domlora.config import parse
-from domlora.data.facts import facts_of, words_of
+from domlora.data.drafts.facts import facts_of, words_of
+from domlora.data.drafts.sample import sample_of
 from domlora.data.infer import draft
 from domlora.data.plan import FeaturePlan, Plan
-from domlora.data.sample import sample_of
 from domlora.errors import DataError
 
 ROWS = 3000

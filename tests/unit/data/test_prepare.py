@@ -289,7 +289,7 @@ def test_numbers_are_fitted_on_the_training_split(tmp_path: Path) -> None:
 
 
 def test_only_some_rows_fit_numbers_where_there_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from domlora.data import fitting
+    from domlora.data.preparing import fitting
 
     monkeypatch.setattr(fitting, "SAMPLE_ROWS", 500)
     run(tmp_path, log(4000), {"features": {"age": {"kind": "numeric"}}})

@@ -14,11 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domlora.data import delimited, json_lines, text_files
-from domlora.data.delimited import delimited_tables
-from domlora.data.dialect import Dialect, end_of_rows
 from domlora.data.engine import open_engine
-from domlora.data.json_lines import json_tables
 from domlora.data.plan import Source
 from domlora.data.readers import (
     check_parquet,
@@ -28,7 +24,11 @@ from domlora.data.readers import (
     json_lines_to_parquet,
     open_log,
 )
-from domlora.data.text_files import Rejects, line_blocks
+from domlora.data.reading import delimited, json_lines, text_files
+from domlora.data.reading.delimited import delimited_tables
+from domlora.data.reading.dialect import Dialect, end_of_rows
+from domlora.data.reading.json_lines import json_tables
+from domlora.data.reading.text_files import Rejects, line_blocks
 from domlora.errors import ConfigError, DataError, SchemaError
 from domlora.features.encode import canonical_text
 from domlora.files import sha256_of

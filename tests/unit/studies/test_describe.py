@@ -23,10 +23,11 @@ from domlora.data.synthetic import World
 from domlora.errors import ConfigError
 from domlora.features.batch import Batch
 from domlora.features.schema import Feature, Schema
-from domlora.studies import census, describe, plots
-from domlora.studies.facts import Clicks, DomainFacts, wilson
-from domlora.studies.facts_text import interval
-from domlora.studies.reach import reaches
+from domlora.studies import describe, plots
+from domlora.studies.describing import census
+from domlora.studies.describing.facts import Clicks, DomainFacts, wilson
+from domlora.studies.describing.facts_text import interval
+from domlora.studies.describing.reach import reaches
 from domlora.studies.statistics import MINUS
 
 HOSTILE = """"><script>alert(1)</script><img src=x onerror=alert(2)> | ' {{ 7 * 7 }} \u2028"""
@@ -521,7 +522,7 @@ def test_names_stay_text(num_domains: int) -> None:
 
 def test_a_page_without_its_libraries_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     found = many(1)
-    monkeypatch.setitem(sys.modules, "domlora.studies.facts_page", None)
+    monkeypatch.setitem(sys.modules, "domlora.studies.describing.facts_page", None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'domlora[report]'")) as error:
         found.to_html()
     assert "\n" not in str(error.value)

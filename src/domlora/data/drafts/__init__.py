@@ -1,0 +1,1 @@
+"""What a look at a log says about its columns."""

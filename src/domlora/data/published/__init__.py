@@ -1,0 +1,1 @@
+"""Published data sets: one function each from raw files to a table."""

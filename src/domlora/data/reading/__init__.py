@@ -1,0 +1,1 @@
+"""Text files to Parquet, line by line where a line is odd."""
