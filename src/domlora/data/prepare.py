@@ -131,7 +131,7 @@ class _Preparation:
         self.step("write")
         encoder.save(self.out)
         files = self.written(rows, encoder, sizes)
-        vectors = write_vectors(self.plan, encoder, self.raw.folder, self.out)
+        vectors = write_vectors(self.plan, encoder, self.raw.folder, self.out, self.engine.work)
         rows_of = {"in": rows_in, "quarantined": quarantined, "dropped": self.dropped, "sampled": sampled_rows}
         rows_of["kept"] = kept = sum(sizes.values())
         manifest = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from domlora.data.plan import Plan
+from domlora.data.reading.delimited import delimited_to_parquet
 from domlora.errors import DataError
 from domlora.features.encode import Encoder
 from domlora.features.schema import FIRST_ID
@@ -24,7 +24,7 @@ __all__ = ["write_vectors"]
 Vector = NDArray[np.float32]
 
 
-def write_vectors(plan: Plan, encoder: Encoder, folder: Path, out: Path) -> dict[str, dict[str, Any]]:
+def write_vectors(plan: Plan, encoder: Encoder, folder: Path, out: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Write ``vectors/<feature>.safetensors`` for each feature of the plan that has a file of them.
 
     A word without a vector gets zeros, as absent and unknown values do; vectors of values that are no words are skipped.
@@ -34,6 +34,7 @@ def write_vectors(plan: Plan, encoder: Encoder, folder: Path, out: Path) -> dict
         encoder: says which words a feature has.
         folder: where the files are.
         out: the prepared folder.
+        work: a folder for what is thrown away.
 
     Returns:
         By feature the width, whether the vectors are learned on, and how many words have none.
@@ -46,17 +47,17 @@ def write_vectors(plan: Plan, encoder: Encoder, folder: Path, out: Path) -> dict
         if spec.vectors is None:
             continue
         words = {word: FIRST_ID + place for place, word in enumerate(encoder.vocabularies[name])}
-        matrix, missing = _matrix(folder / spec.vectors, name, words)
+        matrix, missing = _matrix(folder / spec.vectors, name, words, work)
         (out / "vectors").mkdir(exist_ok=True)
         save_file({"vectors": matrix}, out / "vectors" / f"{name}.safetensors")
         found[name] = {"width": matrix.shape[1], "trainable": spec.train_vectors, "words_without": missing}
     return found
 
 
-def _matrix(path: Path, name: str, words: dict[str, int]) -> tuple[Vector, int]:
+def _matrix(path: Path, name: str, words: dict[str, int], work: Path) -> tuple[Vector, int]:
     matrix: Vector | None = None
     seen = np.zeros(FIRST_ID + len(words), dtype=bool)
-    for value, vector in _read(path):
+    for value, vector in _read(path, work):
         if matrix is None:
             matrix = np.zeros((FIRST_ID + len(words), len(vector)), np.float32)
         place = words.get(canonical_text(value))
@@ -76,23 +77,20 @@ def _matrix(path: Path, name: str, words: dict[str, int]) -> tuple[Vector, int]:
     return matrix, len(words) - int(seen.sum())
 
 
-def _read(path: Path) -> Iterator[tuple[Any, Vector]]:
+def _read(path: Path, work: Path) -> Iterator[tuple[Any, Vector]]:
     """Values and vectors of a file, a batch at a time."""
     if not path.is_file():
         raise DataError("a file of vectors is missing", received=str(path), next_step="Check features.NAME.vectors")
+    files = [path] if path.suffix == ".parquet" else delimited_to_parquet([path], work).paths
     try:
-        if path.suffix == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches():
+        for file in files:
+            for batch in pq.ParquetFile(file).iter_batches():
                 yield from zip(batch.column(0).to_pylist(), map(_numbers, batch.column(1).to_pylist()), strict=True)
-        else:
-            options = pa.csv.ConvertOptions(strings_can_be_null=False)
-            for batch in pa.csv.open_csv(path, convert_options=options):
-                yield from zip(batch.column(0).to_pylist(), map(_numbers, batch.column(1).to_pylist()), strict=True)
-    except (pa.ArrowException, IndexError, ValueError) as error:
+    except (pa.ArrowException, IndexError, ValueError, TypeError) as error:
         raise DataError(
             f"a file of vectors must hold two columns, a value and its numbers ({error})", received=str(path)
         ) from error
 
 
 def _numbers(cell: Any) -> Vector:
-    return np.array(cell.split() if isinstance(cell, str) else cell, np.float32)
+    return np.array(cell.split() if isinstance(cell, str) else list(cell), np.float32)
