@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from domlora.data.dataset import FORMAT, FORMAT_VERSION
 from domlora.data.engine import Engine, open_engine
-from domlora.data.expressions import cells, coded, coded_together, in_order, joined, plain
+from domlora.data.expressions import cells, coded, coded_together, in_order, joined, plain, size
 from domlora.data.plan import Plan
 from domlora.data.preparing.checks import check_columns, check_plan, needed
 from domlora.data.preparing.columns import ColumnEncoder
@@ -339,11 +339,12 @@ def _with_order(rows: Any, time: str | None) -> Any:
     """Times that are numbers written as text, as in a CSV, become numbers: "9" comes before "10"."""
     if time is None or not rows[time].type().is_string():
         return rows
-    text = rows[time].strip()
-    others = rows.filter((text != "") & ~text.re_search("^-?[0-9]{1,18}$"))
-    if others.count().to_pyarrow().as_py():
-        return rows
-    return rows.mutate(**{time: text.nullif("").cast("int64")})
+    text = rows[time].strip().nullif("")
+    for pattern, kind in (("^-?[0-9]{1,18}$", "int64"), (NUMBER, "float64")):
+        others = rows.filter(text.notnull() & ~text.lower().re_search(pattern))
+        if not size(others):
+            return rows.mutate(**{time: plain(text.cast(kind))})
+    return rows
 
 
 def _with_text(rows: Any, column: str, name: str) -> Any:

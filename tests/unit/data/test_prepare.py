@@ -118,7 +118,7 @@ def test_the_random_split_is_the_documented_one(movielens: Any, small_rows: Any,
             assert [(row["user_id"], row["item_id"]) for row in found] == [(str(r[0]), str(r[1])) for r in chosen]
 
 
-@pytest.mark.parametrize("kind", [np.int64, str, "datetime"])
+@pytest.mark.parametrize("kind", [np.int64, str, "decimals", "datetime"])
 def test_the_time_split_cuts_each_domain_by_time(kind: Any, tmp_path: Path) -> None:
     rows = log()
     moments = [int(at) for at in rows["at"]]
@@ -126,6 +126,7 @@ def test_the_time_split_cuts_each_domain_by_time(kind: Any, tmp_path: Path) -> N
     rows["at"] = {
         np.int64: moments,
         str: [str(at) for at in moments],  # numbers as text are ordered as numbers
+        "decimals": [f"{at}.0" for at in moments],  # as pandas writes them beside absent ones
         "datetime": [start + timedelta(seconds=at) for at in moments],
     }[kind]
     changes = {"columns": {"time": "at"}, "split": {"kind": "time"}, "features": {"k": {}}}
