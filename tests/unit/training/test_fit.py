@@ -188,7 +188,8 @@ def test_cosine_ends_near_zero_and_constant_does_not(click: Any, data: Dataset) 
         seen: list[Tensor] = []
         options = replace(QUICK, batch_size=900, max_epochs=10, schedule=schedule, patience=99)
         fit(model, data, options, FAST, on_progress=lambda _, m=model, s=seen: s.append(m.head.weight.detach().clone()))
-        steps = [(after - before).abs().max().item() for before, after in pairwise(seen)]
+        moved = [(after - before).abs().max().item() for before, after in pairwise(seen)]
+        steps = [step for step in moved if step > 0]  # on a slow machine progress is told within an epoch too
         lengths[schedule] = steps[-1] / steps[0]
     assert lengths["cosine"] < 0.1 < lengths["constant"]
 
