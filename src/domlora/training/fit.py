@@ -263,9 +263,10 @@ class _Run:
     def report(self, epoch: int, rows_before: int) -> None:
         """Show where the run is, and keep it, each from time to time."""
         now, done = time.perf_counter(), self.part
-        if now - self.shown > 0.1:
+        rows = rows_before + done.rows
+        if now - self.shown > 0.1 and rows < self.data.num_rows("train"):  # the end is told with its validation
             self.shown = now
-            self.show(epoch, rows_before + done.rows, done.loss / done.rows, done.rows / done.seconds)
+            self.show(epoch, rows, done.loss / done.rows, done.rows / done.seconds)
         if now - self.saved >= self.checkpoint_every_s:
             self.save()
 
