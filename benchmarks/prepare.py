@@ -9,8 +9,8 @@ Amazon-6 is made: six domains, 445,789 users, 172,653 items, 4.3 million clicks;
   items without the user's own as a set difference, and a random sample of what is left; for the split the negatives of each
   user are shuffled and cut in three, parts rounded up, while clicks are cut once a domain. It is timed on some users of each
   domain (``--users``, evenly taken from all, with all of the domain's items to draw from) and scaled by the row.
-* ``ours``: ``domlora.data.negatives.sampled`` on DuckDB for the whole log with the rule ``paper``, then
-  ``domlora.data.split.with_split``. Both end in Parquet files.
+* ``ours``: ``domlora.data.preparing.negatives.sampled`` on DuckDB for the whole log with the rule ``paper``, then
+  ``domlora.data.preparing.split.with_split``. Both end in Parquet files.
 
 Arms take turns within one process. The loop starts from frames in memory, ours from a Parquet file that has each row's hash,
 as preparing has at that point. The loop has one core (the authors run one process for each domain), ours all that the

@@ -33,7 +33,7 @@ def draft(paths: Sequence[Path], *, sample_rows: int = 200_000) -> str:
 
     Args:
         paths: files of one log, or globs, as they shall be written into the plan.
-        sample_rows: rows to look at, about; see :func:`domlora.data.sample.sample_of`.
+        sample_rows: rows to look at, about; see :func:`domlora.data.drafts.sample.sample_of`.
 
     Raises:
         DataError: a file that cannot be used.
