@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from domlora.data.drafts.facts import Facts, facts_of
-from domlora.data.drafts.feature_guesses import FeatureGuess, guess_features
+from domlora.data.drafts.feature_guesses import FeatureGuess, guess_features, names_each_row
 from domlora.data.drafts.guesses import Roles, guess_roles, plausible_domains, told_by_item
 from domlora.data.drafts.sample import Sample, sample_of
 from domlora.data.plan import FeaturePlan
@@ -44,7 +44,7 @@ def draft(paths: Sequence[Path], *, sample_rows: int = 200_000) -> str:
     features, left_out = guess_features(columns, roles)
     parts = [
         _opening(sample),
-        _source(paths, sample),
+        _source(paths, sample, columns),
         _columns(columns, roles),
         *(_feature(columns[name], guess) for name, guess in features.items()),
         _left_out(columns, {**left_out, **sample.unusable}),
@@ -62,12 +62,17 @@ def _opening(sample: Sample) -> list[str]:
     return [*lines, f"# {_plain(sample.note)}"] if sample.note else lines
 
 
-def _source(paths: Sequence[Path], sample: Sample) -> list[str]:
+def _source(paths: Sequence[Path], sample: Sample, columns: Mapping[str, Facts]) -> list[str]:
     files = [_text(str(path)) for path in paths]
     lines = ["[source]", f"files = [{', '.join(files)}]  # relative to the folder of this file"]
     if len(files) > 1:
         lines[1:] = ["files = [  # relative to the folder of this file", *(f"    {file}," for file in files), "]"]
-    return [*lines, f"separator = {_text(sample.separator)}"] if sample.separator else lines
+    if sample.separator:
+        lines.append(f"separator = {_text(sample.separator)}")
+    for name, facts in columns.items():
+        if names_each_row(facts):
+            return [*lines, f"key = [{_text(name)}]  # another value in each row, so that it tells rows apart"]
+    return lines
 
 
 def _columns(columns: Mapping[str, Facts], roles: Roles) -> list[str]:

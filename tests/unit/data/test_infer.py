@@ -321,3 +321,9 @@ def test_every_draft_is_a_plan(tmp_path_factory, data) -> None:
     pq.write_table(pa.table(columns), path)
     plan = plan_of(draft([path]))
     assert set(plan.features) <= set(columns)
+
+
+def test_what_names_each_row_is_the_key(log, tmp_path: Path) -> None:
+    assert drafted(tmp_path, **log).source.key == ("event_id",)
+    log["event_id"][1] = log["event_id"][0]
+    assert drafted(tmp_path, **log).source.key == ()

@@ -12,7 +12,7 @@ from domlora.data.drafts.facts import Facts
 from domlora.data.drafts.guesses import Roles
 from domlora.data.plan import FeaturePlan
 
-__all__ = ["FeatureGuess", "guess_features"]
+__all__ = ["FeatureGuess", "guess_features", "names_each_row"]
 
 _CODE_WORDS = {
     "id", "ids", "code", "type", "category", "cat", "class", "group", "kind", "idx", "index", "hash", "gender", "os",
@@ -58,6 +58,12 @@ def guess_features(columns: Mapping[str, Facts], roles: Roles) -> tuple[dict[str
         else:
             found[name] = _feature(facts, name in (roles.user, roles.item))
     return _shared(found, columns, roles), left_out
+
+
+def names_each_row(facts: Facts) -> bool:
+    """Whether a column is called as what names a row, and has another value in each."""
+    whole = facts.kind in ("integer", "text") and facts.lengths is None and not facts.absent
+    return whole and facts.distinct == facts.num_rows > _FEW and bool(set(facts.words) & _EVENT_WORDS)
 
 
 def _no_feature(facts: Facts, roles: Roles) -> str | None:
