@@ -179,7 +179,6 @@ def main() -> None:
         f"{len(logs)} domains, {sum(map(len, logs.values())):,} clicks, {items:,} items; {cores} cores; {rounds} rounds"
     )
     with tempfile.TemporaryDirectory() as folder, open_engine("duckdb", Path(folder)) as engine:
-        engine.connection.raw_sql("SET enable_progress_bar = false")
         clicks = stored_log(engine, logs)
         timings = take_turns(arms_of(logs, users, engine, clicks), seconds=0, min_rounds=rounds)
     found = {}

@@ -18,11 +18,12 @@ from ibis.expr.operations import DatabaseTable
 
 from domlora.errors import ConfigError, DataError, nearest
 
-__all__ = ["Engine", "EngineName", "open_engine"]
+__all__ = ["HASH_BITS", "Engine", "EngineName", "open_engine"]
 
 EngineName = Literal["duckdb", "spark"]
 _BATCH_ROWS = 1 << 17
-_HASH_DIGITS = 15  # of md5, in hexadecimal: 60 bits, which fit a signed integer
+HASH_BITS = 60
+"""Of md5, as a number: 15 hexadecimal digits, which fit a signed integer."""
 
 
 @ibis.udf.scalar.builtin(name="conv", signature=(("string", "int32", "int32"), "string"))
@@ -78,7 +79,7 @@ class Engine:
 
     def integer(self, digest: Any) -> Any:
         """The first 60 bits of a hexadecimal text as an integer."""
-        digits = digest.left(_HASH_DIGITS)
+        digits = digest.left(HASH_BITS // 4)
         if self.name == "spark":
             return _in_base(digits, 16, 10).cast("int64")
         return (ibis.literal("0x") + digits).cast("int64")

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import duckdb
 import ibis
 import pyarrow as pa
 
-from domlora.errors import DataError
-
-__all__ = ["cells", "coded", "coded_together", "engine_errors", "in_order", "join", "joined", "plain", "size", "stored"]
+__all__ = ["cells", "coded", "coded_together", "in_order", "join", "joined", "plain", "size"]
 
 Code = Callable[[Any], int | str | None]
-
-
-@contextmanager
-def engine_errors(name: str) -> Iterator[None]:
-    """What the engine says about raw rows, as a :class:`DataError`."""
-    try:
-        yield
-    except duckdb.Error as error:
-        said = "; ".join(str(error).splitlines()[:3])
-        raise DataError(f"{name} cannot be read ({said})", next_step="Check the raw files") from error
 
 
 def plain(column: Any) -> Any:
@@ -38,12 +24,6 @@ def joined(texts: list[Any], separator: str) -> Any:
     for text in texts[1:]:
         result = result + separator + text
     return result
-
-
-def stored(rows: Any) -> Any:
-    """The rows, computed once and kept in the engine."""
-    # not rows.cache(): its clean-up fails with the newest releases of what Ibis itself depends on
-    return rows.get_backend().create_table(ibis.util.gen_name("domlora"), rows, temp=True)
 
 
 def cells(rows: Any, names: list[str], chosen: Any = None) -> pa.Table:

@@ -134,6 +134,10 @@ class FeaturePlan:
                 received=self,
             )
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The raw columns of a feature called so."""
+        return self.columns or (name,)
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -242,7 +246,7 @@ class Plan:
 
     def complete(self) -> Plan:
         """The plan with the domain among the features, if it is to be one."""
-        read = {column for name, spec in self.features.items() for column in spec.columns or (name,)}
+        read = {column for name, spec in self.features.items() for column in spec.sources(name)}
         if not self.columns.domain_is_feature or read.issuperset(self.columns.domains):
             return self
         own = {name: FeaturePlan() for name in self.columns.domains if name not in read}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ibis
 import pyarrow as pa
 
-from domlora.data.dataset import FORMAT, FORMAT_VERSION
+from domlora.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
 from domlora.data.engine import Engine, open_engine
 from domlora.data.expressions import cells, coded, coded_together, in_order, joined, plain, size
 from domlora.data.plan import Plan
@@ -30,7 +30,7 @@ from domlora.data.preparing.labels import LabelRule, zero_or_one
 from domlora.data.preparing.negatives import sampled
 from domlora.data.preparing.quarantine import NUMBER, Quarantine
 from domlora.data.preparing.shuffle import ORDER_COLUMN, Piles
-from domlora.data.preparing.split import SPLITS, with_split
+from domlora.data.preparing.split import with_split
 from domlora.data.preparing.vectors import write_vectors
 from domlora.data.raw import RawTable
 from domlora.data.readers import open_log
@@ -219,7 +219,7 @@ class _Preparation:
 
     def _number_columns(self) -> list[str]:
         specs = self.plan.features.items()
-        names = [(spec.columns or (name,))[0] for name, spec in specs if spec.kind in ("numeric", "bucketed")]
+        names = [spec.sources(name)[0] for name, spec in specs if spec.kind in ("numeric", "bucketed")]
         return list(dict.fromkeys([*names, *([self.plan.columns.weight] if self.plan.columns.weight else [])]))
 
     def _labelled(self, rows: Any, out: Quarantine) -> Any:
@@ -279,7 +279,7 @@ class _Preparation:
     def _needed(self, rows: Any) -> Any:
         """The columns that are encoded or that a split looks at."""
         columns, split = self.plan.columns, self.plan.split
-        names: list[str | None] = [s for name, spec in self.plan.features.items() for s in spec.columns or (name,)]
+        names: list[str | None] = [s for name, spec in self.plan.features.items() for s in spec.sources(name)]
         names += [columns.user, columns.weight, split.column, columns.time if split.kind == "time" else None]
         names += ["__user_text" if split.kind == "user" else None, "__split"]
         keep = dict.fromkeys([ORDER_COLUMN, "__domain", "__label", *names])
@@ -292,7 +292,7 @@ class _Preparation:
         clicks = rows.filter(rows["__label"] == 1)
         drawn = sampled(self.engine, clicks, negatives, self.domains, columns.item_columns, item=columns.item)
         drawn = self.engine.stored(drawn.select(*rows.columns))
-        return self.engine.stored(rows.union(drawn)), int(drawn.count().to_pyarrow().as_py())
+        return self.engine.stored(rows.union(drawn)), size(drawn)
 
     def sizes(self, rows: Any) -> tuple[dict[str, int], dict[str, dict[str, dict[str, int]]]]:
         """Rows of each split; and of each split and domain, with how many are clicks."""

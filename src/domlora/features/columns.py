@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -14,7 +15,17 @@ from domlora.errors import SchemaError
 from domlora.features.schema import PAD_ID
 from domlora.features.text import canonical_text
 
-__all__ = ["Column", "Number", "crossed_numbers_of", "floats_of", "numbers_of", "sequences_of", "values_of"]
+__all__ = [
+    "Column",
+    "Memo",
+    "Number",
+    "crossed_numbers_of",
+    "floats_of",
+    "last_of",
+    "numbers_of",
+    "sequences_of",
+    "values_of",
+]
 
 Column = Sequence[Any] | NDArray[Any]
 """One raw value a row: a list, a tuple, a numpy array, or a column of pandas or pyarrow."""
@@ -99,13 +110,28 @@ def sequences_of(
     lengths = np.fromiter(map(len, cells), np.int64, len(cells))
     elements, size = chain.from_iterable(cells), int(lengths.sum())
     ids = _asked(elements, size, number, f"column {name!r}", "plain values in its lists")
-    row = np.repeat(np.arange(len(cells)), lengths)
+    return last_of(ids, lengths, max_length)
+
+
+def last_of(ids: NDArray[np.int64], lengths: NDArray[np.integer[Any]], max_length: int) -> NDArray[np.int64]:
+    """The last ``max_length`` ids of each row ``(B, max_length)``, from the left, of ids one row after the other.
+
+    Args:
+        ids: of all rows; those that are ``PAD_ID`` do not count.
+        lengths: how many ids each row has ``(B,)``.
+        max_length: ids a row.
+
+    Example:
+        >>> last_of(np.array([5, 0, 7, 8, 9]), np.array([4, 0, 1]), 2).tolist()
+        [[7, 8], [0, 0], [9, 0]]
+    """
+    row = np.repeat(np.arange(len(lengths)), lengths)
     row, ids = row[ids != PAD_ID], ids[ids != PAD_ID]
-    counts = np.bincount(row, minlength=len(cells))
+    counts = np.bincount(row, minlength=len(lengths))
     place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the row
     place -= np.maximum(counts - max_length, 0)[row]
     last = place >= 0
-    found = np.full((len(cells), max_length), PAD_ID, dtype=np.int64)
+    found = np.full((len(lengths), max_length), PAD_ID, dtype=np.int64)
     found[row[last], place[last]] = ids[last]
     return found
 
@@ -133,21 +159,23 @@ def floats_of(column: Column, name: str) -> NDArray[np.float64]:
     return np.fromiter((_float(value, name) for value in values), np.float64, len(values))
 
 
-class _Memo(dict[Any, int]):
-    """Calls ``number`` once for each distinct value."""
+class Memo(dict[Any, int]):
+    """Calls ``number`` once for each distinct value; forgets all when there are ``most`` of them."""
 
-    def __init__(self, number: Number) -> None:
+    def __init__(self, number: Number, most: float = math.inf) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.most = number, most
 
     def __missing__(self, value: Any) -> int:
+        if len(self) >= self.most:
+            self.clear()
         answer = self[value] = self.number(value)
         return answer
 
 
 def _asked(values: Iterable[Any], size: int, number: Number, what: str, needs: str) -> NDArray[np.int64]:
     try:
-        return np.fromiter(map(_Memo(number).__getitem__, values), np.int64, size)
+        return np.fromiter(map(Memo(number).__getitem__, values), np.int64, size)
     except SchemaError as error:
         raise SchemaError(f"{what} cannot be encoded: {str(error).removesuffix('.')}") from error
     except TypeError as error:  # a list or an object in a cell has no hash

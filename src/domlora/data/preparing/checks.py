@@ -13,7 +13,7 @@ __all__ = ["check_columns", "check_plan", "needed"]
 def needed(plan: Plan) -> list[str]:
     """The raw columns that a plan reads."""
     columns = plan.columns
-    names: list[str | None] = [source for name, spec in plan.features.items() for source in spec.columns or (name,)]
+    names: list[str | None] = [source for name, spec in plan.features.items() for source in spec.sources(name)]
     names += [*columns.domains, columns.label, columns.user, columns.item, columns.time, columns.weight]
     names += [*columns.item_columns, plan.split.column, *plan.filters.unique, *plan.source.key]
     return list(dict.fromkeys(name for name in names if name))
@@ -31,7 +31,7 @@ def check_plan(plan: Plan) -> None:
             "a plan needs features", next_step="Add [features.NAME] tables, or draft them: domlora schema infer"
         )
     for name, spec in plan.features.items():
-        for source in spec.columns or (name,):
+        for source in spec.sources(name):
             if source in columns.forbidden or source == columns.label:
                 raise ConfigError(
                     f"feature {name!r} reads a column that tells what happened after the click", received=source
@@ -87,7 +87,7 @@ def check_columns(plan: Plan, name: str, types: Any) -> None:
             raise ConfigError(f"{name} has no such column", received=column, next_step=nearest(column, types))
     columns = plan.columns
     for name, spec in plan.features.items():
-        for source in spec.columns or (name,):
+        for source in spec.sources(name):
             kind = types[source]
             single = kind.is_string() or kind.is_numeric() or kind.is_boolean()
             if not single and not (spec.kind == "sequence" and kind.is_array()):

@@ -5,18 +5,16 @@ The numbers come from the encoder, the same object that a server asks; here it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from domlora.data.shards import DOMAIN_COLUMN, LABEL_COLUMN, MISSING_SUFFIX, USER_COLUMN, WEIGHT_COLUMN
+from domlora.features.columns import Memo, last_of
 from domlora.features.encode import Encoder
 from domlora.features.numeric import bucket, standardise
-from domlora.features.schema import PAD_ID, Feature
+from domlora.features.schema import Feature
 from domlora.features.text import canonical_text, user_number
 
 __all__ = ["ColumnEncoder", "floats_of"]
@@ -33,8 +31,10 @@ class ColumnEncoder:
 
     def __init__(self, encoder: Encoder) -> None:
         self.schema = encoder.schema
-        self._numbers = {f.name: _Memo(encoder.id_of(f)) for f in self.schema.categorical if f.kind != "bucketed"}
-        self._user = _Memo(lambda value: user_number(canonical_text(value)))
+        self._numbers = {
+            f.name: Memo(encoder.id_of(f), _MEMO_VALUES) for f in self.schema.categorical if f.kind != "bucketed"
+        }
+        self._user = Memo(lambda value: user_number(canonical_text(value)), _MEMO_VALUES)
 
     def encode(self, rows: pa.RecordBatch) -> dict[str, pa.Array]:
         """``rows`` holds the raw columns of all features, ``__domain``, ``__label``, user and weight if there are any."""
@@ -83,21 +83,7 @@ def _is_text(column: pa.Array) -> bool:
     return bool(pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
 
 
-class _Memo(dict[Any, int]):
-    """Numbers of the values that came by; forgotten when they become too many."""
-
-    def __init__(self, number: Callable[[Any], int]) -> None:
-        super().__init__()
-        self.number = number
-
-    def __missing__(self, value: Any) -> int:
-        if len(self) >= _MEMO_VALUES:
-            self.clear()
-        answer = self[value] = self.number(value)
-        return answer
-
-
-def _each(column: pa.Array, numbers: _Memo) -> NDArray[np.int64]:
+def _each(column: pa.Array, numbers: Memo) -> NDArray[np.int64]:
     """The number of each value of a column."""
     encoded = column.dictionary_encode()
     values = encoded.dictionary.to_pylist()
@@ -111,7 +97,7 @@ def _codes(encoded: pa.DictionaryArray) -> NDArray[np.int64]:
     return codes
 
 
-def _each_crossed(column: pa.StructArray, numbers: _Memo) -> NDArray[np.int64]:
+def _each_crossed(column: pa.StructArray, numbers: Memo) -> NDArray[np.int64]:
     """The number of each combination: combinations are numbered first, each asked for once."""
     parts = [part.dictionary_encode() for part in column.flatten()]
     code = np.zeros(len(column), np.int64)
@@ -122,19 +108,12 @@ def _each_crossed(column: pa.StructArray, numbers: _Memo) -> NDArray[np.int64]:
     return np.fromiter(map(numbers.__getitem__, values), np.int64, len(values))[inverse]
 
 
-def _last(column: pa.Array, feature: Feature, numbers: _Memo) -> NDArray[np.int32]:
+def _last(column: pa.Array, feature: Feature, numbers: Memo) -> NDArray[np.int32]:
     """The last ids of each row ``(B, max_length)``, left-aligned; absent elements do not count."""
     lists = _lists(column, feature)
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
     ids = _each(lists.flatten(), numbers)
-    row = np.repeat(np.arange(len(lists)), lengths)
-    row, ids = row[ids != PAD_ID], ids[ids != PAD_ID]
-    count = np.bincount(row, minlength=len(lists))
-    place = np.arange(len(ids)) - np.repeat(np.cumsum(count) - count, count)
-    place -= np.maximum(count - feature.max_length, 0)[row]
-    found = np.zeros((len(lists), feature.max_length), np.int32)
-    found[row[place >= 0], place[place >= 0]] = ids[place >= 0]
-    return found
+    return last_of(ids, lengths, feature.max_length).astype(np.int32)
 
 
 def _lists(column: pa.Array, feature: Feature) -> pa.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from domlora.data.engine import Engine
+from domlora.data.engine import HASH_BITS, Engine
 from domlora.data.expressions import cells
 from domlora.data.plan import FeaturePlan, Plan
 from domlora.data.preparing.columns import floats_of
@@ -22,7 +22,6 @@ __all__ = ["fit_encoder"]
 
 SAMPLE_ROWS = 1 << 20
 """Training rows that numeric features are fitted on; the first ones by hash, where there are more."""
-_ORDER_BITS = 60
 
 
 def fit_encoder(
@@ -100,9 +99,9 @@ def _numbers(engine: Engine, rows: Any, plan: Plan, num_rows: int) -> Mapping[st
     specs = {name: spec for name, spec in plan.features.items() if spec.kind in ("numeric", "bucketed")}
     if not specs:
         return {}
-    columns = {name: (spec.columns or (name,))[0] for name, spec in specs.items()}
+    columns = {name: spec.sources(name)[0] for name, spec in specs.items()}
     if num_rows > SAMPLE_ROWS:
-        most = ibis.literal((SAMPLE_ROWS << _ORDER_BITS) // num_rows, "int64")
+        most = ibis.literal((SAMPLE_ROWS << HASH_BITS) // num_rows, "int64")
         rows = rows.filter(rows["__order"] < most)
     table = pa.Table.from_batches(list(engine.batches(rows.select(*dict.fromkeys(columns.values())))))
     return {name: floats_of(table.column(column).combine_chunks()) for name, column in columns.items()}
@@ -110,7 +109,7 @@ def _numbers(engine: Engine, rows: Any, plan: Plan, num_rows: int) -> Mapping[st
 
 def _counts(rows: Any, name: str, spec: FeaturePlan) -> list[tuple[Any, int]]:
     """The values of a feature, and the training rows that have each."""
-    columns = list(spec.columns or (name,))
+    columns = list(spec.sources(name))
     if len(columns) > 1:
         found = cells(rows, columns).to_pylist()
         return [(tuple(cell[column] for column in columns), cell["__size"]) for cell in found]

@@ -16,7 +16,7 @@ from typing import Any
 import ibis
 import pyarrow as pa
 
-from domlora.data.engine import Engine
+from domlora.data.engine import HASH_BITS, Engine
 from domlora.data.expressions import cells, in_order, join, size
 from domlora.data.plan import Negatives
 from domlora.errors import ConfigError, DataError, nearest
@@ -27,7 +27,6 @@ _SEPARATOR = "\x1f"
 _DRAW, _RANK, _NEGATIVE = (f"{_SEPARATOR}{kind}{_SEPARATOR}" for kind in ("draw", "rank", "negative"))
 _MARGIN = 16  # one draw more for each so many that are wanted
 _GROWTH = 4  # times as many draws in each further round
-_DIGITS, _BITS = 15, 60  # of a number, in a digest that holds two
 _DOMAIN_SHIFT = 32
 
 
@@ -214,7 +213,7 @@ def _round(engine: Engine, log: _Log, users: Any) -> Any:
     draws = draws.mutate(__number=ibis.range(0, draws["__digests"]).unnest())
     draws = draws.mutate(__digest=(draws["__key"] + draws["__number"].cast("string")).hexdigest("md5"))
     draws = draws.mutate(__half=ibis.range(0, 2).unnest())
-    number = engine.integer(draws["__digest"].substr(draws["__half"] * _DIGITS))
+    number = engine.integer(draws["__digest"].substr(draws["__half"] * (HASH_BITS // 4)))  # a digest holds two
     slot = number % draws["__slots"] + draws["__offset"]
     draws = draws.select("__user", "__wanted", __draw=draws["__number"] * 2 + draws["__half"], __item=slot)
     if log.slots is not None:
@@ -239,7 +238,7 @@ def _remaining(engine: Engine, log: _Log, users: Any, drawn: Any, plan: Negative
         rows = rows.anti_join(known, ["__user", "__item"])
     order = engine.number(rows["__key"] + _RANK + rows["__item_text"])
     if plan.rule == "popularity":
-        order = -((order + 0.5) / 2**_BITS).ln() / rows["__popularity"]
+        order = -((order + 0.5) / 2**HASH_BITS).ln() / rows["__popularity"]
     return _best(rows.mutate(__order=order), ["__order", "__item"], rows["__found"].fill_null(0))
 
 

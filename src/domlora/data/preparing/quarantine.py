@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from domlora.data.engine import Engine
-from domlora.data.expressions import cells
+from domlora.data.expressions import cells, size
 from domlora.data.raw import RawTable
 from domlora.errors import DataError
 
@@ -50,7 +50,7 @@ class Quarantine:
             rows = engine.stored(rows.mutate(**{REASON: told}))
             sizes = {cell[REASON]: cell["__size"] for cell in cells(rows, [REASON]).to_pylist()}
         else:
-            sizes = {"": rows.count().to_pyarrow().as_py()}
+            sizes = {"": size(rows)}
         usable = sizes.pop("", 0)
         total = usable + sum(sizes.values()) + self.raw.rejected_rows
         self.counts = {reason: sizes[reason] for _, reason in self._reasons if sizes.get(reason)}

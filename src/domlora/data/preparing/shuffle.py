@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from domlora.data.preparing.split import SPLITS
+from domlora.data.dataset import SPLITS
+from domlora.data.engine import HASH_BITS
 from domlora.data.shards import shard_schema, write_shard
 from domlora.features.schema import Schema
 
 __all__ = ["ORDER_COLUMN", "SPLIT_COLUMN", "Piles"]
 
 ORDER_COLUMN, SPLIT_COLUMN = "__order", "__split"
-_ORDER_BITS = 60
 Shown = Callable[[int], None]
 
 
@@ -48,7 +48,7 @@ class Piles:
             [*(columns[f.name] for f in shard_schema(self.schema)), order], schema=self._rows
         )
         number = split.to_numpy(zero_copy_only=False)
-        place = order.to_numpy() >> (_ORDER_BITS - 20)  # 20 bits of it, so that the product below fits
+        place = order.to_numpy() >> (HASH_BITS - 20)  # 20 bits of it, so that the product below fits
         pile = self.first[number] + ((place * np.asarray(self.counts)[number]) >> 20)
         by_pile = np.argsort(pile, kind="stable")
         bounds = np.searchsorted(pile[by_pile], np.arange(self.first[-1] + 1))

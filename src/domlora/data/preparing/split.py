@@ -9,16 +9,14 @@ from typing import Any
 import ibis
 import pyarrow as pa
 
-from domlora.data.engine import Engine
+from domlora.data.dataset import SPLITS
+from domlora.data.engine import HASH_BITS, Engine
 from domlora.data.expressions import cells, coded, join
 from domlora.data.plan import Split
 from domlora.errors import ConfigError, DataError, nearest
 from domlora.features.text import canonical_text
 
-__all__ = ["SPLITS", "with_split"]
-
-SPLITS = ("train", "valid", "test")
-_HASH_BITS = 60
+__all__ = ["with_split"]
 
 
 def with_split(engine: Engine, rows: Any, split: Split, time: str | None = None) -> tuple[Any, int]:
@@ -102,7 +100,7 @@ def _cuts(sizes: pa.Table, stratum: list[str], fractions: tuple[float, float, fl
 def _by_user(engine: Engine, rows: Any, split: Split) -> Any:
     train, valid, _ = split.fractions
     number = engine.number(ibis.literal(f"{split.seed}:") + rows["__user_text"])
-    cuts = [ibis.literal(round(share * 2**_HASH_BITS), "int64") for share in (train, train + valid)]
+    cuts = [ibis.literal(round(share * 2**HASH_BITS), "int64") for share in (train, train + valid)]
     return rows.mutate(__split=sum((number >= cut).cast("int32") for cut in cuts))
 
 
