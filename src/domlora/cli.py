@@ -173,18 +173,15 @@ def pretrain(
     from domlora.bundle import Bundle
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
-    from domlora.training.stages import pretrain as run
-    from domlora.training.stages import with_vectors
+    from domlora.training.methods import Job, train
 
     _refuse_existing(out, overwrite)
     _use_threads(threads)
     options = load_config(config, settings or ())
     rows = Dataset.open(data)
     with training_bar() as show:
-        model, found = run(
-            rows, options.model, options.train, method=method, checkpoint=_checkpoint(out), on_progress=show
-        )
-    made = with_vectors(options.model, rows)
+        job = Job(rows, options.model, options.train, None, _checkpoint(out), show)
+        model, made, found = train(method, job)
     Bundle(model, made, rows.encoder, _facts(method, rows, found)).save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     STDOUT.print(
@@ -210,7 +207,7 @@ def adapt(
     from domlora.bundle import Bundle
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
-    from domlora.training.stages import adapt as run
+    from domlora.training.methods import Job, train
 
     _refuse_existing(out, overwrite)
     _use_threads(threads)
@@ -218,10 +215,10 @@ def adapt(
     opened, rows = Bundle.open(bundle), Dataset.open(data)
     _check_same_encoder(opened, rows)
     with training_bar() as show:
-        found = run(opened.model, rows, options, method=method, checkpoint=_checkpoint(out), on_progress=show)
+        job = Job(rows, opened.model_options, options, opened.model, _checkpoint(out), show)
+        model, made, found = train(method, job)
     facts = {**_facts(method, rows, found), "base": opened.facts}
-    adapted = Bundle(opened.model, opened.model_options, opened.encoder, facts)
-    adapted.save(out, overwrite=overwrite)
+    Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
     _drop_checkpoint(out)
     start = found.history[0][options.adapt.fit.monitor]
     STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)

@@ -12,7 +12,7 @@ from torch import nn
 from domlora.errors import ConfigError, nearest
 from domlora.features.schema import Schema
 from domlora.models.backbones import DCN, MLP, NFM, PNN, WDL, AutoInt, DeepFM, FiBiNET, XDeepFM
-from domlora.models.multi_domain import STAR
+from domlora.models.multi_domain.star import STAR
 from domlora.models.parts import table_of
 
 __all__ = ["MODELS", "build_model", "stored_options"]

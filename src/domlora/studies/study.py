@@ -34,8 +34,9 @@ from domlora.evaluation.evaluate import Predictions, by_domain, predict
 from domlora.models.build import MODELS
 from domlora.studies.tables import read_results
 from domlora.training.fit import Fit
+from domlora.training.methods import METHODS, Job, train
 from domlora.training.optimizers import parameter_groups
-from domlora.training.stages import METHODS, adapt, pretrain, seeded
+from domlora.training.stages import seeded
 
 __all__ = ["DatasetSpec", "Study", "count_parameters", "read_facts", "run_study"]
 
@@ -230,9 +231,8 @@ def _run(task: _Task) -> Iterator[dict[str, Any]]:
 
 def _what_matters(config: Config, method: str) -> dict[str, Any]:
     """The options that a run of this method depends on: changing the others does not make it run again."""
-    stages = {"base": ("pretrain",), "joint": ("joint", "adapter")}.get(method, ("pretrain", "adapt", "adapter"))
-    train = asdict(config.train)
-    return {"model": config.model, "method": method, **{name: train[name] for name in stages}}
+    recipe = asdict(config.train)
+    return {"model": config.model, "method": method, **{name: recipe[name] for name in METHODS[method].parts}}
 
 
 def _open(task: _Task) -> tuple[Dataset, Tensor | None]:
@@ -247,13 +247,10 @@ def _train(task: _Task, data: Dataset, method: str, key: str) -> dict[str, Any]:
     recipe = seeded(task.config.train, task.seed)
     checkpoint = task.folder / "checkpoints" / key
     base = task.folder / "bases" / _hash([data.fingerprint(), _what_matters(task.config, "base"), task.seed])
-    if method in ("base", "joint"):
-        model, found = pretrain(data, task.config.model, recipe, method=method, checkpoint=checkpoint)
-        if method == "base":
-            Bundle(model, task.config.model, data.encoder).save(base, overwrite=base.exists())
-    else:
-        model = Bundle.open(base).model
-        found = adapt(model, data, recipe, method=method, checkpoint=checkpoint)
+    start = Bundle.open(base).model if METHODS[method].from_base else None
+    model, options, found = train(method, Job(data, task.config.model, recipe, start, checkpoint))
+    if method == "base":
+        Bundle(model, options, data.encoder).save(base, overwrite=base.exists())
     rmtree(checkpoint, ignore_errors=True)
     said = predict(model, data.batches("test", 16384))
     return {**_summary(said, data), **_training(found), **count_parameters(model)}

@@ -1,4 +1,4 @@
-"""Methods: which parameters move, on what, from where.
+"""Stages: which parameters move, on what, from where.
 
 ========== =================================================================================================
 base       the backbone on all domains
@@ -24,10 +24,19 @@ from domlora.models.build import build_model
 from domlora.training.fit import Fit, FitOptions, OnProgress, Rows, fit
 from domlora.training.optimizers import OptimizerOptions
 
-__all__ = ["METHODS", "Recipe", "Stage", "adapt", "adapter_options_of", "pretrain", "seeded", "with_vectors"]
+__all__ = [
+    "FIRST_STAGES",
+    "SECOND_STAGES",
+    "Recipe",
+    "Stage",
+    "adapt",
+    "adapter_options_of",
+    "pretrain",
+    "seeded",
+    "with_vectors",
+]
 
 FIRST_STAGES, SECOND_STAGES = ("base", "joint"), ("two_stage", "bias_only")
-METHODS = (*FIRST_STAGES, *SECOND_STAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +149,9 @@ def with_vectors(model_options: Mapping[str, Any], data: Rows) -> dict[str, Any]
 
 def adapter_options_of(method: str, recipe: Recipe) -> AdapterOptions:
     """The adapters that a method trains."""
-    if method not in METHODS[1:]:
-        raise ConfigError("no adapters in this method", received=method, next_step=nearest(method, METHODS[1:]))
+    with_adapters = (*FIRST_STAGES[1:], *SECOND_STAGES)
+    if method not in with_adapters:
+        raise ConfigError("no adapters in this method", received=method, next_step=nearest(method, with_adapters))
     return replace(recipe.adapter, rank=0, bias=True) if method == "bias_only" else recipe.adapter
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from domlora.layers.domain_linear import StarLinear
 from domlora.layers.embedding import EmbeddingTable
 from domlora.layers.interactions import CIN
 from domlora.layers.partitioned_norm import PartitionedNorm
 from domlora.models.build import MODELS, build_model
-from domlora.models.multi_domain import StarLinear
 
 EVERY = pytest.mark.parametrize("name", list(MODELS))
 NINE = pytest.mark.parametrize("name", [name for name in MODELS if name != "star"])

@@ -6,7 +6,7 @@ from domlora.errors import ConfigError, SchemaError
 from domlora.features.schema import Feature, Schema
 from domlora.models.backbones import DeepFM, XDeepFM
 from domlora.models.build import MODELS, build_model
-from domlora.models.multi_domain import STAR
+from domlora.models.multi_domain.star import STAR
 
 KEYS = ["mlp", "star", "wdl", "nfm", "autoint", "pnn", "dcn", "fibinet", "deepfm", "xdeepfm"]
 

@@ -1,72 +1,24 @@
-"""Models that read the domain of each row."""
+"""Linear layers with weights for each domain, for batches that mix domains."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domlora.features.schema import Schema
-from domlora.layers.mlp import MLP
-from domlora.layers.partitioned_norm import PartitionedNorm
-from domlora.models.parts import MakeTable, head_of, join, scalar, table_of
-
-__all__ = ["STAR", "DomainRows", "StarLinear"]
-
-
-class STAR(nn.Module):
-    """Star topology: partitioned normalisation, then a tower whose weights are shared ⊙ the domain's own.
-
-    ``logit = head(tower(norm([x, dense])))``, ``h = relu(h (W_s ⊙ W_d) + b_s + b_d)`` for a row of domain ``d``. Domain
-    weights start at one, domain biases at zero, so that all domains start from the shared tower. Rows of domain -1 use
-    ``W_s, b_s`` alone.
-
-    An adapter on ``tower.*`` adds to a StarLinear's output: ``h = relu(h (W_s ⊙ W_d) + h A_d B_d + b_s + b_d)``. Batches may
-    mix domains; the cost follows the domains in the batch, and rows sorted by domain save two copies a layer.
-
-    The grouping of the rows lives in one cell that all layers read, so one eager model must not be called from two
-    threads at once. Under ``torch.compile`` and ``torch.export`` each row gathers its own weights: exact, for any batch, but
-    meant for the small batches of serving.
-
-    **Args**: as the backbones.
-
-    Source: Sheng et al. 2021, "One Model to Serve All: Star Topology Adaptive Recommender", without the auxiliary
-    network (off in the MLoRA authors' configs too). Intended differences from their code: ``W_d`` starts at one, not
-    glorot uniform, which makes the product start tiny; the domain is read row by row; dropout as in every other model
-    (theirs has none: ``dropout=0``); glorot normal and ``init_std`` as in every other model.
-    """
-
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        embedding_dim: int,
-        hidden_units: Sequence[int],
-        dropout: float,
-        init_std: float = 0.01,
-        make_table: MakeTable = table_of,
-    ) -> None:
-        super().__init__()
-        width = schema.num_fields * embedding_dim + schema.num_dense
-        self.rows = DomainRows()
-        self.embedding = make_table(schema, embedding_dim, init_std)
-        self.norm = PartitionedNorm(width, schema.num_domains)
-        layer = partial(StarLinear, num_domains=schema.num_domains, rows=self.rows)
-        self.tower = MLP(width, hidden_units, dropout, linear=layer)
-        self.head = head_of(self.tower.out_features, bias=True)
-
-    def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
-        self.rows.group_(domain)
-        x = self.norm(join(self.embedding(ids), dense), domain)
-        return scalar(self.head(self.tower(x)))
+__all__ = ["DomainLinear", "DomainRows", "StarLinear"]
 
 
 class DomainRows:
-    """The rows of the current batch, grouped by domain once and read by every StarLinear of the model."""
+    """The rows of the current batch, grouped by domain once and read by every such layer of a model.
+
+    One eager model with such layers must not be called from two threads at once. Under ``torch.compile`` and
+    ``torch.export`` each row gathers its own weights: exact, for any batch, but meant for the small batches of serving.
+    """
 
     domain: Tensor
     """(B,) as the model received it."""
@@ -92,6 +44,63 @@ class DomainRows:
         self.unknown = len(present) == 0 or bool(present[0] < 0)
         self.present = present[1:] if self.unknown else present
         self.sizes = sizes.tolist() or [0]
+
+    def linear(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        """``(B, ..., in)`` to ``(B, ..., out)``: each group with its weight ``(out, in)`` and bias ``(out,)``."""
+        if self.order is not None:
+            x = x.index_select(0, self.order)
+        groups = zip(torch.split(x, list(self.sizes)), weights, biases, strict=True)
+        y = torch.cat([F.linear(part, weight, bias) for part, weight, bias in groups])
+        return y if self.inverse is None else y.index_select(0, self.inverse)
+
+
+class DomainLinear(nn.Module):
+    """A Linear of each domain's own: ``y = x W_d + b_d``, rows in and out in the batch's order.
+
+    ``weight (D, out * in)`` and ``bias (D, out)`` hold one row a domain: glorot normal, each domain drawn anew, and zero.
+    Rows of domain -1 use the mean over domains.
+
+    **Shape**: ``(B, ..., in_features)`` to ``(B, ..., out_features)``.
+
+    Args:
+        in_features, out_features: as ``nn.Linear``.
+        num_domains: ``D``.
+        rows: the grouping of the batch, set by the model before the call.
+
+    Example:
+        >>> rows = DomainRows()
+        >>> layer = DomainLinear(4, 3, 5, rows)
+        >>> rows.group_(torch.tensor([2, 0, -1]))
+        >>> layer(torch.ones(3, 4)).shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_domains: int, rows: DomainRows) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rows = in_features, out_features, rows
+        std = math.sqrt(2 / (in_features + out_features))
+        self.weight = nn.Parameter(torch.randn(num_domains, out_features * in_features) * std)
+        self.bias = nn.Parameter(torch.zeros(num_domains, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            known = (self.rows.domain >= 0).unsqueeze(1)
+            own = self.rows.domain.clamp(min=0)
+            weight = torch.where(known, self.weight[own], self.weight.mean(0))
+            bias = torch.where(known, self.bias[own], self.bias.mean(0))
+            return _row_by_row(x, self._matrices(weight), bias)
+        weights = [self._matrices(F.embedding(self.rows.present, self.weight))]
+        biases = [F.embedding(self.rows.present, self.bias)]
+        if self.rows.unknown:
+            weights.insert(0, self._matrices(self.weight.mean(0)))
+            biases.insert(0, self.bias.mean(0, keepdim=True))
+        return self.rows.linear(x, torch.cat(weights).unbind(), torch.cat(biases).unbind())
+
+    def _matrices(self, weight: Tensor) -> Tensor:
+        return weight.view(-1, self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, num_domains={len(self.bias)}"
 
 
 class StarLinear(nn.Linear):
@@ -121,18 +130,10 @@ class StarLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._row_by_row(x)
-        rows = self.rows
-        if rows.order is not None:
-            x = x.index_select(0, rows.order)
-        weights, biases = self._of_domains(rows.present)
-        groups = zip(
-            torch.split(x, list(rows.sizes)),
-            (self.weight, *weights) if rows.unknown else weights,
-            (self.bias, *biases) if rows.unknown else biases,
-            strict=True,
-        )
-        y = torch.cat([F.linear(part, weight, bias) for part, weight, bias in groups])
-        return y if rows.inverse is None else y.index_select(0, rows.inverse)
+        weights, biases = self._of_domains(self.rows.present)
+        if self.rows.unknown:
+            weights, biases = (self.weight, *weights), (self.bias, *biases)
+        return self.rows.linear(x, weights, biases)
 
     def plain(self, domain: int) -> nn.Linear:
         """What this layer is for one domain: ``W = W_s ⊙ W_d``, ``b = b_s + b_d``."""
@@ -153,8 +154,13 @@ class StarLinear(nn.Linear):
         own = self.rows.domain.clamp(min=0)
         scale = torch.where(known, self.domain_weight[own], 1.0).view(-1, *self.weight.shape)  # (B, out, in)
         shift = torch.where(known, self.domain_bias[own], 0.0)
-        y = torch.einsum("boi,b...i->b...o", self.weight * scale, x)
-        return y + (self.bias + shift).view(-1, *[1] * (x.dim() - 2), self.out_features)
+        return _row_by_row(x, self.weight * scale, self.bias + shift)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_domains={self.domain_bias.shape[0]}"
+
+
+def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x (B, ..., in)`` with a weight ``(B, out, in)`` and a bias ``(B, out)`` of each row's own."""
+    y = torch.einsum("boi,b...i->b...o", weight, x)
+    return y + bias.view(-1, *[1] * (x.dim() - 2), bias.shape[1])

@@ -1,0 +1,100 @@
+"""What holds for every method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from domlora.bundle import Bundle
+from domlora.config import Config, parse
+from domlora.data.dataset import Dataset
+from domlora.errors import ConfigError
+from domlora.evaluation.evaluate import predict
+from domlora.models.build import build_model
+from domlora.training.fit import Fit
+from domlora.training.methods import METHODS, Job, Trained, train
+from domlora.training.stages import Recipe, seeded
+
+MODEL = {"name": "mlp", "embedding_dim": 3, "hidden_units": [8, 4], "dropout": 0.3}
+STAGE = {
+    "fit": {"batch_size": 128, "max_epochs": 3, "patience": 9, "evaluations_per_epoch": 2, "average_decay": 0.9},
+    "optimizer": {kind: {"lr": 0.02} for kind in ("tables", "dense", "adapters")},
+}
+TABLE: dict[str, Any] = {"adapter": {"temperature": 4.0}, "pretrain": STAGE, "joint": STAGE, "adapt": STAGE}
+
+
+def recipe() -> Recipe:
+    return parse(Config, {"train": TABLE}).train
+
+
+def base_of(data: Any) -> nn.Module:
+    torch.manual_seed(5)
+    return build_model(schema=data.schema, **MODEL)
+
+
+def run(method: str, data: Any, recipe: Recipe, checkpoint: Path | None = None) -> Trained:
+    """One method; those that start from a base get an untrained one."""
+    base = base_of(data) if METHODS[method].from_base else None
+    return train(method, Job(data, MODEL, recipe, base, checkpoint))
+
+
+def figures(found: Fit) -> str:
+    return json.dumps([found.history, found.best_value, found.best_epoch])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_bits(data: Dataset, digest: Any, method: str) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        torch.rand(seed * 3)
+        model, _, found = run(method, data, seeded(recipe(), seed))
+        results.append((digest(model), figures(found)))
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kill_after", [2, 15])
+def test_killed_and_resumed_is_straight_through(
+    data: Dataset, digest: Any, watched: Any, killed: Any, tmp_path: Path, method: str, kill_after: int
+) -> None:
+    straight, _, expected = run(method, data, recipe())
+    with pytest.raises(killed):
+        run(method, watched(data, kill_after), recipe(), tmp_path / "run")
+    torch.rand(7)
+    resumed, _, found = run(method, data, recipe(), tmp_path / "run")
+    assert digest(resumed) == digest(straight)
+    assert figures(found) == figures(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bundle_holds_what_was_trained(data: Dataset, tmp_path: Path, method: str) -> None:
+    model, options, _ = run(method, data, recipe())
+    Bundle(model, options, data.encoder).save(tmp_path / "bundle")
+    said, again = (
+        predict(scored, data.batches("test", 100)).probability
+        for scored in (model, Bundle.open(tmp_path / "bundle").model)
+    )
+    assert said.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_figure_is_that_of_the_model(data: Dataset, method: str) -> None:
+    _, _, found = run(method, data, recipe())
+    assert found.best_value == max(entry["wauc"] for entry in found.history)
+
+
+def test_an_unknown_method(data: Dataset) -> None:
+    with pytest.raises(ConfigError, match=r"Received: 'two-stage'\. Did you mean 'two_stage'"):
+        train("two-stage", Job(data, MODEL, recipe()))
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.from_base])
+def test_a_second_stage_wants_a_base(data: Dataset, method: str) -> None:
+    with pytest.raises(ConfigError, match="starts from a trained base"):
+        train(method, Job(data, MODEL, recipe()))
