@@ -145,13 +145,13 @@ class Split:
 
     Args:
         kind: ``random`` (in each domain and label), ``time`` (the latest rows of each domain test), ``user`` (all rows of a
-            user in one split) or ``column``.
+            user in one split) or ``column``; without it ``column`` where one is given, else ``random``.
         fractions: of train, valid and test.
-        column, values: for ``column``: which of its values are which split; rows with other values are dropped.
+        column, values: for ``column``, else unread: which of its values are which split; rows with others are dropped.
         seed: of the split and of the order of rows.
     """
 
-    kind: SplitKind = "random"
+    kind: SplitKind | None = None
     fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
     column: str | None = None
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -162,8 +162,12 @@ class Split:
         in_range = len(shares) == 3 and all(0 <= share <= 1 for share in shares)
         if not in_range or abs(sum(shares) - 1) > 1e-9 or not shares[0]:
             raise ConfigError("fractions must be three shares (train, valid, test) that sum to 1", received=shares)
-        if (self.kind == "column") != (self.column is not None):
-            raise ConfigError("split.column goes with split.kind = 'column'", received=self.column)
+        kind = self.kind or ("random" if self.column is None else "column")
+        if kind == "column" and self.column is None:
+            raise ConfigError("split.kind = 'column' needs split.column", received=self.column)
+        given = (self.column, self.values) if kind == "column" else (None, {})
+        for name, value in zip(("kind", "column", "values"), (kind, *given), strict=True):
+            object.__setattr__(self, name, value)  # what is not read is not kept, nor written into a manifest
 
 
 @dataclass(frozen=True, slots=True)
