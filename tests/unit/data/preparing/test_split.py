@@ -129,5 +129,3 @@ def test_what_cannot_be_is_refused(engine: Engine) -> None:
     for fractions in ((0.5, 0.5), (0.9, 0.2, 0.2), (0.0, 0.5, 0.5), (1.5, -0.5, 0.0)):
         with pytest.raises(ConfigError, match="three shares"):
             Split("random", fractions)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"split\.column"):
-        Split("random", column="part")
