@@ -194,8 +194,8 @@ def test_a_study_reads_its_models_options_when_it_is_read() -> None:
             "overrides": {"mlp": {"train": {"adapter": {"temperature": 4}}}},
         },
     )
-    assert study.config_of("mlp").model == {"dropout": 0.1, "name": "mlp"}
-    assert study.config_of("mlp").train.adapter.temperature == 4
+    assert study.config_of("a", "mlp").model == {"dropout": 0.1, "name": "mlp"}
+    assert study.config_of("a", "mlp").train.adapter.temperature == 4
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"\xff\xfe", b"a = 1\na = 2"])

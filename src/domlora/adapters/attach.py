@@ -28,10 +28,12 @@ from domlora.errors import ConfigError, nearest
 __all__ = [
     "AdapterOptions",
     "attach_",
+    "chosen_layers",
     "detach_",
     "freeze_",
     "merge_",
     "options_of",
+    "with_layer",
 ]
 
 
@@ -104,7 +106,7 @@ def attach_(
             "the model has adapters already", next_step="Call detach_(model) or merge_(model, domain) first"
         )
     options = AdapterOptions(temperature, rank, lora_alpha, bias, tuple(include), tuple(exclude))
-    chosen = _chosen(model, include, exclude, rank)
+    chosen = chosen_layers(model, include, exclude, rank)
     route = DomainRoute(num_domains)
     route.options, route.read = options, find_reader(model, domain)
     adapted: dict[int, nn.Module] = {}  # a layer in two places gets one adapter
@@ -113,7 +115,7 @@ def attach_(
         adapted[id(layer)] = LowRankLinear(layer, route, width, lora_alpha=lora_alpha, bias=bias).train(layer.training)
     open_route(adapted.get(id(model), model), route)  # first: it may refuse
     for name, layer in chosen.items():
-        model = _replaced(model, name, adapted[id(layer)])
+        model = with_layer(model, name, adapted[id(layer)])
     return model
 
 
@@ -121,7 +123,7 @@ def detach_(model: nn.Module) -> nn.Module:
     """Take all adapters off again: what is left is the base, module for module."""
     close_route(model)
     for name, layer in adapter_layers(model).items():
-        model = _replaced(model, name, layer.base)
+        model = with_layer(model, name, layer.base)
     return model
 
 
@@ -149,7 +151,7 @@ def merge_(model: nn.Module, domain: int) -> nn.Module:
             if bias is not None:
                 plain[id(layer)].bias.add_(bias)
     for name, layer in layers.items():
-        model = _replaced(model, name, plain[id(layer)])
+        model = with_layer(model, name, plain[id(layer)])
     return model
 
 
@@ -182,7 +184,14 @@ def options_of(model: nn.Module) -> AdapterOptions | None:
     return options
 
 
-def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str], rank: int | None) -> dict[str, nn.Linear]:
+def chosen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], rank: int | None
+) -> dict[str, nn.Linear]:
+    """The layers that globs choose, by name; one in two places under both.
+
+    Raises:
+        ConfigError: an include that matches no linear layer, or one that cannot be adapted.
+    """
     modules = list(model.named_modules(remove_duplicate=False))
     attention = {f"{n}.out_proj".lstrip("."): m.out_proj for n, m in modules if isinstance(m, nn.MultiheadAttention)}
     read_not_called = {id(layer) for layer in attention.values()}
@@ -215,7 +224,7 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str], ra
     return kept
 
 
-def _replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+def with_layer(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """The model with another module at ``name``, which is the root itself if the name is empty."""
     if not name:
         return module

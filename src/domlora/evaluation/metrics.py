@@ -45,8 +45,10 @@ __all__ = [
     "Bins",
     "Calibration",
     "Difference",
+    "at_thresholds",
     "auc",
     "auc_by_group",
+    "auc_by_thresholds",
     "bootstrap_difference",
     "calibration_by_group",
     "expected_calibration_error",
@@ -113,13 +115,44 @@ def auc_by_group(
     return auc_and_mass(rank(rows), rows.weight)[0]
 
 
+def auc_by_thresholds(
+    label: ArrayLike, probability: ArrayLike, weight: Weight = None, *, num_thresholds: int = 500
+) -> float:
+    """Area under the ROC curve of some evenly spaced thresholds, as Keras estimates it.
+
+    The trapezoid under the points of thresholds ``-e, 1/(n-1), 2/(n-1), ..., 1+e``, which is the exact AUC of probabilities
+    that are told apart by a threshold or not at all: ``auc(label, at_thresholds(probability))``. Probabilities that lie
+    close together, or next to 0 and 1, tie, which draws the figure towards one half.
+
+    **Source**: ``tf.keras.metrics.AUC``, of which the MLoRA authors' code has a copy and takes 500 thresholds.
+
+    >>> auc_by_thresholds([0, 1, 0, 1], [0.3001, 0.3002, 0.1, 0.8])
+    0.875
+    """
+    return auc(label, at_thresholds(probability, num_thresholds), weight)
+
+
+def at_thresholds(probability: ArrayLike, num_thresholds: int = 500) -> Floats:
+    """How many of some evenly spaced thresholds lie below each probability: scores for the metrics of order.
+
+    >>> at_thresholds([0.0, 0.25, 0.2501, 1.0], num_thresholds=5)
+    array([1., 1., 2., 4.])
+    """
+    if num_thresholds < 3:
+        raise ConfigError("num_thresholds must be at least 3", received=num_thresholds)
+    values = np.asarray(probability, dtype=np.float64)
+    read_rows(np.zeros(values.shape), values, bounded=True)
+    inner = np.arange(1, num_thresholds - 1) / (num_thresholds - 1)
+    return np.searchsorted(inner, values, side="left").astype(np.float64) + 1.0  # the first threshold is below all
+
+
 def wauc(label: ArrayLike, probability: ArrayLike, domain: ArrayLike, weight: Weight = None) -> float:
     """Mean of the domains' AUC weighted by their rows: ``sum_d n_d AUC_d / sum_d n_d``.
 
     Domains of one class are left out of both sums. ``n_d`` counts the positive and negative rows at hand.
 
     **Source**: MLoRA (RecSys 2024). Difference from the authors' code: their AUC is a trapezoid over 500 thresholds,
-    which squeezed or saturated scores pull down; ours is exact.
+    which squeezed or saturated scores pull down; ours is exact. Theirs is that of ``at_thresholds(probability)``.
 
     >>> wauc([0, 1, 0, 1, 1], [0.1, 0.2, 0.9, 0.8, 0.7], domain=[0, 0, 1, 1, 1])
     0.4

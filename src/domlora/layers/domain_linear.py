@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DomainLinear", "DomainRows", "StarLinear"]
+__all__ = ["DomainLinear", "DomainRows", "StarLinear", "row_by_row"]
 
 
 class DomainRows:
@@ -88,13 +88,13 @@ class DomainLinear(nn.Module):
             own = self.rows.domain.clamp(min=0)
             weight = torch.where(known, self.weight[own], self.weight.mean(0))
             bias = torch.where(known, self.bias[own], self.bias.mean(0))
-            return _row_by_row(x, self._matrices(weight), bias)
-        weights = [self._matrices(F.embedding(self.rows.present, self.weight))]
-        biases = [F.embedding(self.rows.present, self.bias)]
+            return row_by_row(x, self._matrices(weight), bias)
+        weights: Sequence[Tensor] = self._matrices(F.embedding(self.rows.present, self.weight)).unbind()
+        biases: Sequence[Tensor] = F.embedding(self.rows.present, self.bias).unbind()
         if self.rows.unknown:
-            weights.insert(0, self._matrices(self.weight.mean(0)))
-            biases.insert(0, self.bias.mean(0, keepdim=True))
-        return self.rows.linear(x, torch.cat(weights).unbind(), torch.cat(biases).unbind())
+            mean = self._matrices(self.weight.mean(0)).squeeze(0)
+            weights, biases = (mean, *weights), (self.bias.mean(0), *biases)
+        return self.rows.linear(x, weights, biases)
 
     def _matrices(self, weight: Tensor) -> Tensor:
         return weight.view(-1, self.out_features, self.in_features)
@@ -154,13 +154,13 @@ class StarLinear(nn.Linear):
         own = self.rows.domain.clamp(min=0)
         scale = torch.where(known, self.domain_weight[own], 1.0).view(-1, *self.weight.shape)  # (B, out, in)
         shift = torch.where(known, self.domain_bias[own], 0.0)
-        return _row_by_row(x, self.weight * scale, self.bias + shift)
+        return row_by_row(x, self.weight * scale, self.bias + shift)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_domains={self.domain_bias.shape[0]}"
 
 
-def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def row_by_row(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x (B, ..., in)`` with a weight ``(B, out, in)`` and a bias ``(B, out)`` of each row's own."""
     y = torch.einsum("boi,b...i->b...o", weight, x)
     return y + bias.view(-1, *[1] * (x.dim() - 2), bias.shape[1])

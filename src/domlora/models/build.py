@@ -9,11 +9,18 @@ from typing import Any, Literal, get_args, get_origin
 
 from torch import nn
 
+from domlora.adapters.mixture import attach_mixture_
 from domlora.errors import ConfigError, nearest
 from domlora.features.schema import Schema
 from domlora.models.backbones import DCN, MLP, NFM, PNN, WDL, AutoInt, DeepFM, FiBiNET, XDeepFM
+from domlora.models.multi_domain.clusters import AdaptDHM
+from domlora.models.multi_domain.experts import PLE, MMoE, SharedBottom
+from domlora.models.multi_domain.gates import AdaSparse, PEPNet
+from domlora.models.multi_domain.generated import APG, HAMUR, M2M
+from domlora.models.multi_domain.mixtures import M3oE, SARNet
 from domlora.models.multi_domain.star import STAR
 from domlora.models.parts import table_of
+from domlora.models.per_domain import PerDomain, Unknown
 
 __all__ = ["MODELS", "build_model", "stored_options"]
 
@@ -28,6 +35,17 @@ MODELS: dict[str, type[nn.Module]] = {
     "fibinet": FiBiNET,
     "deepfm": DeepFM,
     "xdeepfm": XDeepFM,
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "pepnet": PEPNet,
+    "adasparse": AdaSparse,
+    "sar_net": SARNet,
+    "m2m": M2M,
+    "adaptdhm": AdaptDHM,
+    "hamur": HAMUR,
+    "m3oe": M3oE,
+    "apg": APG,
 }
 """Every model by its exact key, in the order of the paper's tables."""
 
@@ -42,6 +60,9 @@ def build_model(
     embedding_dims: Mapping[str, int] | None = None,
     pretrained: Mapping[str, Any] | None = None,
     freeze_pretrained: bool | Mapping[str, bool] = True,
+    mixture: Mapping[str, Any] | None = None,
+    per_domain: bool = False,
+    unknown_domains: Unknown = "mean",
     **options: Any,
 ) -> nn.Module:
     """A fresh model for the rows of a schema.
@@ -62,6 +83,10 @@ def build_model(
             that share the ids of one with its own width or given vectors follow it and are not named.
         freeze_pretrained: keep given vectors as they are, without gradients or states of an optimizer; otherwise they are
             learned on. For some of them, ``{"item": False}``; the others are kept.
+        mixture: experts and their gate, arguments of :func:`domlora.adapters.mixture.attach_mixture_`.
+        per_domain: a copy of the model for each domain, see :class:`domlora.models.per_domain.PerDomain`.
+        unknown_domains: with ``per_domain``, who answers for unknown domains: the ``mean`` of the copies, or a copy more,
+            the ``base``.
         options: the model's own, see its class.
 
     Raises:
@@ -79,25 +104,45 @@ def build_model(
     """
     if name not in MODELS:
         raise ConfigError("no model has this name", received=name, next_step=nearest(str(name), MODELS))
+    _checked("per_domain", per_domain, bool)
+    _checked("unknown_domains", unknown_domains, Unknown)
+    if unknown_domains == "base" and not per_domain:
+        raise ConfigError("unknown_domains goes with per_domain", received=unknown_domains)
     given = {"embedding_dim": embedding_dim, "hidden_units": hidden_units, "dropout": dropout, **options}
+    tables = {"embedding_dims": embedding_dims, "pretrained": pretrained, "freeze_pretrained": freeze_pretrained}
+    model = _plain(name, schema, given, tables)
+    if mixture is not None:
+        _attach_mixture_(model, schema.num_domains, mixture)
+    return PerDomain(model, schema.num_domains, unknown_domains) if per_domain else model
+
+
+def _attach_mixture_(model: nn.Module, num_domains: int, options: Mapping[str, Any]) -> None:
+    known = set(inspect.signature(attach_mixture_).parameters) - {"model", "num_domains", "domain"}
+    for key in options.keys() - known:
+        raise ConfigError("mixture has no such option", received=key, next_step=nearest(key, known))
+    for key in ("num_experts", *({"gate_dim"} & options.keys())):
+        _checked(key, options.get(key), int)
+    attach_mixture_(model, num_domains, **options)
+
+
+def _plain(name: str, schema: Schema, given: Mapping[str, Any], tables: Mapping[str, Any]) -> nn.Module:
+    """The model itself, its options checked against its signature."""
     known = dict(inspect.signature(MODELS[name], eval_str=True).parameters)
     makes_tables = known.pop("make_table", None) is not None
     del known["schema"]
     for key in given.keys() - known.keys():
         raise ConfigError(f"model {name!r} has no such option", received=key, next_step=nearest(key, known))
     checked = {key: _checked(key, value, known[key].annotation) for key, value in given.items()}
-    own, vectors = embedding_dims or {}, pretrained or {}
-    named = freeze_pretrained if isinstance(freeze_pretrained, Mapping) else None
-    for value in [freeze_pretrained] if named is None else named.values():
+    own, vectors, freeze = tables["embedding_dims"] or {}, tables["pretrained"] or {}, tables["freeze_pretrained"]
+    named = freeze if isinstance(freeze, Mapping) else None
+    for value in [freeze] if named is None else named.values():
         _checked("freeze_pretrained", value, bool)
     if own or vectors or named:
         if not makes_tables:
             raise ConfigError(
                 f"model {name!r} has no make_table, so its features have one width", received=[*own, *vectors]
             )
-        checked["make_table"] = partial(
-            table_of, embedding_dims=own, pretrained=vectors, freeze_pretrained=freeze_pretrained
-        )
+        checked["make_table"] = partial(table_of, embedding_dims=own, pretrained=vectors, freeze_pretrained=freeze)
     return MODELS[name](schema, **checked)
 
 

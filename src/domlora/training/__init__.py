@@ -1,1 +1,1 @@
-"""One loop, four methods: which parameters move, and which rows are read."""
+"""One loop, many methods: which parameters move, and which rows are read."""

@@ -8,52 +8,30 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domlora.errors import ConfigError, DataError, EngineError, nearest
-from domlora.evaluation.evaluate import predict
-from domlora.evaluation.metrics import log_loss, macro_auc, wauc
+from domlora.evaluation.evaluate import Predictions
 from domlora.features.batch import Batch
-from domlora.features.schema import Schema
 from domlora.training.average import Average
 from domlora.training.checkpoint import read_checkpoint, write_checkpoint
 from domlora.training.optimizers import Optimizer, OptimizerOptions
+from domlora.training.rows import Rows
+from domlora.training.validation import figures_of, say
 
-__all__ = ["Fit", "FitOptions", "Progress", "Rows", "fit", "loss_of"]
+__all__ = ["Fit", "FitOptions", "Progress", "Rows", "Run", "fit", "loss_of"]
 
 Monitor = Literal["wauc", "macro_auc"]
 Schedule = Literal["constant", "cosine"]
-
-
-class Rows(Protocol):
-    """What the loop reads: a prepared dataset, or anything with the same methods."""
-
-    @property
-    def schema(self) -> Schema:
-        """What the columns mean."""
-        ...
-
-    def num_rows(self, split: str) -> int:
-        """Rows of a split."""
-        ...
-
-    def batches(
-        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
-    ) -> Iterator[Batch]:
-        """Batches of a split without the first ``start``; with a seed in an order that depends on seed and epoch alone."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Equal for equal rows in equal order, so that a run goes on only with the rows it began with."""
-        ...
 
 
 class Progress(NamedTuple):
@@ -156,18 +134,7 @@ def fit(
     """
     if not checkpoint_every_s >= 0:
         raise ConfigError("checkpoint_every_s must be at least 0", received=checkpoint_every_s)
-    run = _Run(model, data, options, optimizer, on_progress, checkpoint, checkpoint_every_s)
-    if checkpoint is not None and checkpoint.exists():
-        run.restore(checkpoint)
-    else:
-        torch.manual_seed(options.seed)
-        run.start(start_is_candidate)
-    while run.position < run.last_position and run.misses < options.patience:
-        run.advance()
-        run.save()
-    model.load_state_dict(run.best)
-    model.eval()
-    return run.result
+    return Run(model, data, options, optimizer, on_progress, checkpoint, checkpoint_every_s).go(start_is_candidate)
 
 
 @dataclass(slots=True)
@@ -186,8 +153,11 @@ class _Part:
         self.seconds += seconds
 
 
-class _Run:
-    """State of one fit; ``position`` counts validations, ``part`` is what came after the last."""
+class Run:
+    """State of one fit; ``position`` counts validations, ``part`` is what came after the last.
+
+    ``stepped`` is what the steps move: the model itself, unless a method says otherwise (``training/negotiation.py``).
+    """
 
     def __init__(
         self,
@@ -195,14 +165,16 @@ class _Run:
         data: Rows,
         options: FitOptions,
         rules: OptimizerOptions,
-        on_progress: OnProgress | None,
-        checkpoint: Path | None,
-        checkpoint_every_s: float,
+        on_progress: OnProgress | None = None,
+        checkpoint: Path | None = None,
+        checkpoint_every_s: float = 600.0,
+        stepped: nn.Module | None = None,
     ) -> None:
-        self.model, self.data, self.options, self.on_progress = model, data, options, on_progress
+        self.model, self.stepped = model, model if stepped is None else stepped
+        self.data, self.options, self.on_progress = data, options, on_progress
         self.checkpoint, self.checkpoint_every_s = checkpoint, checkpoint_every_s
         self.saved = self.shown = time.perf_counter()
-        self.optimizer = Optimizer(model, rules)
+        self.optimizer = Optimizer(self.stepped, rules)
         self.identity = {} if checkpoint is None else self.identify(rules)
         self.part = _Part()
         self.device = next(model.parameters()).device
@@ -211,7 +183,8 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.position = self.misses = self.steps = 0
         self.last_position = options.max_epochs * options.evaluations_per_epoch
-        self.steps_per_epoch = math.ceil(data.num_rows("train") / options.batch_size)
+        self.rows_per_epoch = data.num_rows("train")
+        self.steps_per_epoch = math.ceil(self.rows_per_epoch / options.batch_size)
         if not self.steps_per_epoch:
             raise DataError("the train split needs at least one row", received=0)
         if options.evaluations_per_epoch > self.steps_per_epoch:
@@ -230,9 +203,25 @@ class _Run:
             "start": _digest(self.model),
         }
 
-    def start(self, is_candidate: bool) -> None:
-        if is_candidate:
-            self.judge(self.model, 0.0, math.nan)
+    def go(self, start_is_candidate: bool) -> Fit:
+        """From the start, or from the checkpoint, to the end."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self.restore(self.checkpoint)
+        else:
+            torch.manual_seed(self.options.seed)
+            if start_is_candidate:
+                self.judge(self.model, 0.0, math.nan)
+        while not self.ended:
+            self.advance()
+            self.save()
+        self.model.load_state_dict(self.best)
+        self.model.eval()
+        return self.result
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do but to take the best weights."""
+        return self.position >= self.last_position or self.misses >= self.options.patience
 
     def advance(self) -> None:
         """Train up to the next validation, then validate."""
@@ -247,10 +236,9 @@ class _Run:
         epoch, number = divmod(self.position, options.evaluations_per_epoch)
         first, last = (self.steps_per_epoch * n // options.evaluations_per_epoch for n in (number, number + 1))
         start = first + self.part.steps
-        batches = self.data.batches("train", options.batch_size, seed=options.seed, epoch=epoch, start=start)
-        self.model.train()
+        self.stepped.train()
         began = time.perf_counter()
-        for batch in islice(batches, last - start):
+        for batch in islice(self.batches(epoch, start), last - start):
             loss = self.step(batch.to(self.device))
             self.part.add(batch.num_rows, loss, time.perf_counter() - began)
             self.report(epoch, first * options.batch_size)
@@ -260,11 +248,16 @@ class _Run:
         self.result.rows_per_second = done.rows / done.seconds
         return done.loss / done.rows
 
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """What the steps of an epoch see, without the first ``start``."""
+        options = self.options
+        return self.data.batches("train", options.batch_size, seed=options.seed, epoch=epoch, start=start)
+
     def report(self, epoch: int, rows_before: int) -> None:
         """Show where the run is, and keep it, each from time to time."""
         now, done = time.perf_counter(), self.part
         rows = rows_before + done.rows
-        if now - self.shown > 0.1 and rows < self.data.num_rows("train"):  # the end is told with its validation
+        if now - self.shown > 0.1 and rows < self.rows_per_epoch:  # the end is told with its validation
             self.shown = now
             self.show(epoch, rows, done.loss / done.rows, done.rows / done.seconds)
         if now - self.saved >= self.checkpoint_every_s:
@@ -277,7 +270,7 @@ class _Run:
 
     def step(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        loss = loss_of(self.model(batch.ids, batch.dense, batch.domain), batch)
+        loss = loss_of(self.stepped(batch.ids, batch.dense, batch.domain), batch)
         value = loss.item()
         if not math.isfinite(value):
             raise EngineError(
@@ -298,38 +291,50 @@ class _Run:
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
     def judge(self, model: nn.Module, epoch: float, loss: float) -> None:
-        said = predict(model, self.data.batches("valid", 16384))
-        scores = {
-            "wauc": wauc(said.label, said.probability, said.domain, said.weight),
-            "macro_auc": macro_auc(said.label, said.probability, said.domain, said.weight),
-            "log_loss": log_loss(said.label, said.probability, said.weight),
-        }
+        scores = figures_of(self.say(model))
         value = scores[self.options.monitor]
-        if math.isnan(value):
-            raise DataError("a domain of the validation split must hold both classes", received=value)
         self.result.history.append({"epoch": epoch, "loss": loss, **scores})
         self.misses += 1
         if value > self.result.best_value:
             self.misses = 0
             self.result.best_value, self.result.best_epoch = value, epoch
-            self.best = _copied(model)
-        self.show(int(epoch), self.data.num_rows("train"), loss, self.result.rows_per_second)
+            self.remember(model)
+        self.show(int(epoch), self.rows_per_epoch, loss, self.result.rows_per_second)
+
+    def say(self, model: nn.Module) -> Predictions:
+        """What is judged."""
+        return say(model, self.data)
+
+    def remember(self, model: nn.Module) -> None:
+        """Take what was judged as the best so far."""
+        self.best = _copied(model)
 
     def show(self, epoch: int, rows: int, loss: float, rows_per_second: float) -> None:
         if self.on_progress is not None:
             history = self.result.history
             value = history[-1][self.options.monitor] if history else None
-            total = self.data.num_rows("train")
+            total = self.rows_per_epoch
             self.on_progress(Progress(epoch, min(rows, total), total, loss, value, rows_per_second))
 
-    def tensors(self) -> dict[str, Tensor]:
-        parts = {
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors that going on takes, beside the best weights."""
+        return {
             "model": self.model.state_dict(),
-            "best": self.best,
             "average": self.average.state(),
             "optimizer": self.optimizer.state(),
             "rng": {"torch": torch.get_rng_state()},
         }
+
+    def load_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`parts` gave."""
+        self.model.load_state_dict(parts["model"])
+        self.average.load_state(parts["average"])
+        self.optimizer.load_state(parts["optimizer"])
+        torch.set_rng_state(parts["rng"]["torch"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: of a run that has ended the best weights alone."""
+        parts = {"best": self.best, **({} if self.ended else self.parts())}
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def facts(self) -> dict[str, Any]:
@@ -356,20 +361,18 @@ class _Run:
                     received=mine,
                     next_step=f"It began with {facts['identity'][what]}. Remove {folder} to begin again",
                 )
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "rng": {}}
+        parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self.model.load_state_dict(parts["model"])
         self.best = parts["best"]
-        self.average.load_state(parts["average"])
-        self.optimizer.load_state(parts["optimizer"])
         self.position, self.misses, self.steps = facts["position"], facts["misses"], facts["steps"]
         self.part = _Part(**facts.get("part", {}))  # checkpoints were once written after validations alone
         self.result.history = facts["history"]
         self.result.seconds, self.result.rows_per_second = facts["seconds"], facts["rows_per_second"]
         self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]
-        torch.set_rng_state(parts["rng"]["torch"])
+        if not self.ended:
+            self.load_parts(parts)
 
 
 def _digest(model: nn.Module) -> str:

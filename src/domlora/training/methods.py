@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from domlora.errors import ConfigError, nearest
+from domlora.training.each_domain import adapt_each
 from domlora.training.fit import Fit, OnProgress, Rows
+from domlora.training.legacy import fit_legacy
+from domlora.training.mixture import mix
+from domlora.training.negotiation import negotiate, regularise
+from domlora.training.per_domain import finetune, separate
 from domlora.training.stages import FIRST_STAGES, SECOND_STAGES, Recipe, adapt, pretrain, with_vectors
 
 __all__ = ["METHODS", "Job", "Method", "Trained", "train"]
@@ -96,6 +101,56 @@ def _second(method: str) -> Callable[[Job], Trained]:
     return run
 
 
+def _legacy(adapted: bool) -> Callable[[Job], Trained]:
+    def run(job: Job) -> Trained:
+        options, recipe = with_vectors(job.model_options, job.data), job.recipe
+        adapter = recipe.adapter if adapted else None
+        found = fit_legacy(
+            job.data, options, recipe.legacy, adapter, checkpoint=job.checkpoint, on_progress=job.on_progress
+        )
+        return Trained(*found)
+
+    return run
+
+
+def _auto(job: Job) -> Trained:
+    assert job.base is not None
+    found = adapt_each(job.base, job.data, job.recipe, **_watched(job))
+    return Trained(job.base, dict(job.model_options), found)
+
+
+def _separate(job: Job) -> Trained:
+    return Trained(*separate(job.data, job.model_options, job.recipe.separate, **_watched(job)))
+
+
+def _finetune(job: Job) -> Trained:
+    assert job.base is not None
+    return Trained(*finetune(job.base, job.data, job.model_options, job.recipe.finetune, **_watched(job)))
+
+
+def _negotiate(regularised: bool) -> Callable[[Job], Trained]:
+    def run(job: Job) -> Trained:
+        rules = job.recipe.negotiation
+        return Trained(*negotiate(job.data, job.model_options, rules, regularised=regularised, **_watched(job)))
+
+    return run
+
+
+def _regularise(job: Job) -> Trained:
+    assert job.base is not None
+    return Trained(*regularise(job.base, job.data, job.model_options, job.recipe.negotiation, **_watched(job)))
+
+
+def _mix(job: Job) -> Trained:
+    assert job.base is not None
+    options, recipe = job.model_options, job.recipe
+    return Trained(job.base, *mix(job.base, job.data, options, recipe.adapter, recipe.mixture, **_watched(job)))
+
+
+def _watched(job: Job) -> dict[str, Any]:
+    return {"checkpoint": job.checkpoint, "on_progress": job.on_progress}
+
+
 _BASE, _JOINT = FIRST_STAGES
 _TWO_STAGE, _BIAS_ONLY = SECOND_STAGES
 
@@ -113,6 +168,39 @@ METHODS: dict[str, Method] = {
         _second(_BIAS_ONLY),
         ("pretrain", "adapt", "adapter"),
         from_base=True,
+    ),
+    "auto": Method(
+        "as two_stage, but each domain stops by itself and uses its adapter only where validation says so",
+        _auto,
+        ("pretrain", "adapt", "adapter", "auto"),
+        from_base=True,
+    ),
+    "separate": Method("one model for each domain, each on its own rows alone", _separate, ("separate",)),
+    "finetune": Method(
+        "the backbone, then a copy for each domain, finetuned whole on its rows",
+        _finetune,
+        ("pretrain", "finetune"),
+        from_base=True,
+    ),
+    "dn": Method(
+        "domain negotiation: domains in turn, and a step towards where they led", _negotiate(False), ("negotiation",)
+    ),
+    "dr": Method(
+        "the backbone, then what each domain adds to its weights, by domain regularisation",
+        _regularise,
+        ("pretrain", "negotiation"),
+        from_base=True,
+    ),
+    "mamdr": Method("domain negotiation and domain regularisation together", _negotiate(True), ("negotiation",)),
+    "moe_mlora": Method(
+        "the backbone, then frozen; low-rank experts each on one domain, then a gate that mixes them",
+        _mix,
+        ("pretrain", "adapter", "mixture"),
+        from_base=True,
+    ),
+    "legacy_base": Method("the backbone as the authors' released code trains it", _legacy(False), ("legacy",)),
+    "legacy_mlora": Method(
+        "backbone and adapters as the authors' released code trains them", _legacy(True), ("legacy", "adapter")
     ),
 }
 """Every method by its exact key."""

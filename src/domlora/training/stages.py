@@ -10,8 +10,9 @@ bias_only  as two_stage, but a domain may only shift each layer's bias: a contro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from domlora.adapters.attach import AdapterOptions, attach_, freeze_
 from domlora.errors import ConfigError, nearest
 from domlora.models.build import build_model
 from domlora.training.fit import Fit, FitOptions, OnProgress, Rows, fit
-from domlora.training.optimizers import OptimizerOptions
+from domlora.training.optimizers import OptimizerOptions, Rule
+from domlora.training.quirks import LegacyOptions
 
 __all__ = [
     "FIRST_STAGES",
     "SECOND_STAGES",
+    "Auto",
+    "Mixture",
+    "Negotiation",
     "Recipe",
     "Stage",
     "adapt",
@@ -56,6 +61,73 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Negotiation:
+    """How ``dn``, ``dr`` and ``mamdr`` train, see :mod:`domlora.training.negotiation`. An epoch is one outer pass.
+
+    Args:
+        fit: as in a stage; validates after each outer pass, and ``average_decay`` is 0, because the outer step averages.
+        optimizer: rules of the inner steps; their moments live on from pass to pass.
+        outer_lr: how far an outer step goes towards where its inner steps led, in (0, 1]; 1 takes their result. The authors'
+            code has 0.1, which wants ten times as many outer passes.
+        num_helpers: other domains that help each one in ``dr`` and ``mamdr``; fewer if there are not as many.
+        inner_steps: batches of a domain in an inner pass at the most; 0 for all its rows, as the authors' configurations.
+        target_steps: batches of the domain itself after those of a helper at the most; 0 for all its rows.
+    """
+
+    fit: FitOptions = field(default_factory=FitOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    outer_lr: float = 0.1
+    num_helpers: int = 5
+    inner_steps: int = 0
+    target_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.outer_lr <= 1 or min(self.num_helpers, self.inner_steps, self.target_steps) < 0:
+            raise ConfigError("negotiation needs outer_lr in (0, 1] and counts of at least 0", received=self)
+        if self.fit.evaluations_per_epoch != 1 or self.fit.average_decay:
+            raise ConfigError(
+                "negotiation validates after each outer pass and keeps no average", received=self.fit.average_decay
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How ``moe_mlora`` trains, see :mod:`domlora.training.mixture`.
+
+    Args:
+        num_experts: at least as many as domains; None for one a domain. Expert ``i`` learns from domain ``i mod D``.
+        gate_dim: width of the gate's embedding of a domain.
+        experts, gate: how each expert and then the gate trains. All of it is ``dense`` to the optimizer. A gate is small and
+            starts as a plain mean: it wants a larger learning rate than a network.
+    """
+
+    num_experts: int | None = None
+    gate_dim: int = 4
+    experts: Stage = field(default_factory=Stage)
+    gate: Stage = field(default_factory=lambda: Stage(optimizer=OptimizerOptions(dense=Rule(lr=1e-2))))
+
+    def __post_init__(self) -> None:
+        if min(1 if self.num_experts is None else self.num_experts, self.gate_dim) < 1:
+            raise ConfigError("a mixture needs sizes of at least 1", received=self)
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """When ``auto`` uses a domain's adapter, see :mod:`domlora.training.each_domain`; it trains as ``adapt`` says.
+
+    Args:
+        min_gain: how many standard errors of the difference (DeLong, on the domain's validation rows) an adapter must be
+            above the base; 0 takes any gain, 1 about one in six that are noise, 2 one in forty.
+    """
+
+    min_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_gain < math.inf:
+            raise ConfigError("min_gain must be at least 0", received=self.min_gain)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How a model is trained: where adapters go, and one stage for each way of training."""
 
@@ -63,6 +135,12 @@ class Recipe:
     pretrain: Stage = field(default_factory=Stage)
     joint: Stage = field(default_factory=Stage)
     adapt: Stage = field(default_factory=Stage)
+    auto: Auto = field(default_factory=Auto)
+    separate: Stage = field(default_factory=Stage)
+    finetune: Stage = field(default_factory=Stage)
+    negotiation: Negotiation = field(default_factory=Negotiation)
+    mixture: Mixture = field(default_factory=Mixture)
+    legacy: LegacyOptions = field(default_factory=LegacyOptions)
 
 
 def pretrain(
@@ -158,7 +236,12 @@ def adapter_options_of(method: str, recipe: Recipe) -> AdapterOptions:
 def seeded(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with one seed in all its stages."""
 
-    def stage(old: Stage) -> Stage:
-        return replace(old, fit=replace(old.fit, seed=seed))
+    whole: Recipe = _seeded(recipe, seed)
+    return whole
 
-    return replace(recipe, pretrain=stage(recipe.pretrain), joint=stage(recipe.joint), adapt=stage(recipe.adapt))
+
+def _seeded(options: Any, seed: int) -> Any:
+    """Options with another ``seed``, and all options within them."""
+    inner = {each.name: getattr(options, each.name) for each in fields(options)}
+    changed = {name: _seeded(value, seed) for name, value in inner.items() if is_dataclass(value)}
+    return replace(options, **changed, **({"seed": seed} if "seed" in inner else {}))

@@ -426,3 +426,48 @@ class TestBadInput:
             metrics.expected_calibration_error([0, 1], [0.1, 0.2], num_bins=0)
         with pytest.raises(ConfigError, match=r"bins is not known.*Did you mean 'equal_width'"):
             metrics.expected_calibration_error([0, 1], [0.1, 0.2], bins="equalwidth")  # type: ignore[arg-type]
+
+
+def auc_of_trapezoid(label: Any, probability: Any, num_thresholds: int) -> float:
+    """Keras' estimate step by step: rates at each threshold, then the area under the lines between them."""
+    inner = [(i + 1) / (num_thresholds - 1) for i in range(num_thresholds - 2)]
+    hits, alarms = [], []
+    for threshold in [-1e-7, *inner, 1 + 1e-7]:
+        says_yes = probability > threshold
+        hits.append(says_yes[label == 1].mean())
+        alarms.append(says_yes[label == 0].mean())
+    lines = range(num_thresholds - 1)
+    return float(sum((alarms[i] - alarms[i + 1]) * (hits[i] + hits[i + 1]) / 2 for i in lines))
+
+
+class TestThresholds:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        rows=st.lists(
+            st.tuples(st.booleans(), st.floats(0, 1) | st.integers(0, 20).map(lambda i: i / 20)),
+            min_size=2,
+            max_size=40,
+        ),
+        num_thresholds=st.sampled_from([3, 5, 21, 500]),
+    )
+    def test_it_is_the_trapezoid(self, rows: list[tuple[bool, float]], num_thresholds: int) -> None:
+        label = np.array([0, 1, *(int(one) for one, _ in rows)])
+        probability = np.array([0.3, 0.6, *(p for _, p in rows)])
+        value = metrics.auc_by_thresholds(label, probability, num_thresholds=num_thresholds)
+        assert value == pytest.approx(auc_of_trapezoid(label, probability, num_thresholds), abs=1e-12)
+
+    def test_spread_scores_lose_nothing_and_squeezed_ones_a_lot(self) -> None:
+        label, probability, domain, weight = world(20000, 4, decimals=None)
+        exact = metrics.auc(label, probability, weight)
+        assert metrics.auc_by_thresholds(label, probability, weight) == pytest.approx(exact, abs=1e-5)
+        squeezed = metrics.at_thresholds(0.5 + probability * 1e-4)
+        assert metrics.auc(label, squeezed) == 0.5
+        assert metrics.wauc(label, metrics.at_thresholds(probability), domain) == pytest.approx(
+            metrics.wauc(label, probability, domain), abs=1e-4
+        )
+
+    def test_what_cannot_be_used(self) -> None:
+        with pytest.raises(DataError, match=r"probability must be in 0..1"):
+            metrics.at_thresholds([0.2, 1.2])
+        with pytest.raises(ConfigError, match="num_thresholds must be at least 3"):
+            metrics.auc_by_thresholds([0, 1], [0.2, 0.3], num_thresholds=2)

@@ -38,7 +38,7 @@ def test_the_simple_case_is_the_fused_table(name, schema):
 
 @EVERY
 def test_every_model_takes_mixed_tables(name, schema_with_dense, rows, stir):
-    model = stir(build_model(name, schema_with_dense, **MIXED))
+    model = stir(build_model(name, schema_with_dense, **MIXED)).eval()
     called = set()
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):

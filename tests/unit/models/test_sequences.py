@@ -244,7 +244,8 @@ def test_a_long_sequence_is_one_field():
     """Pairs count features and not slots."""
     one = Schema((Feature("past", "sequence", num_ids=9, max_length=4),), domains=("a",))
     inputs = torch.tensor([[2, 3, 0, 0], [0, 0, 0, 0]]), torch.zeros(2, 0), torch.tensor([0, -1])
-    for name in ("mlp", "star", "wdl", "dcn"):
+    alone = ("mlp", "star", "wdl", "dcn", "shared_bottom", "mmoe", "ple", "pepnet", "adasparse")
+    for name in (*alone, "sar_net", "m2m", "adaptdhm", "hamur", "m3oe", "apg"):
         assert build_model(name, one)(*inputs).shape == (2,)
     for name in ("nfm", "autoint", "pnn", "fibinet", "deepfm", "xdeepfm"):
         with pytest.raises(SchemaError, match=r"needs at least 2 of them. Received: \['past'\]"):

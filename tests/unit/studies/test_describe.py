@@ -23,12 +23,13 @@ from domlora.data.synthetic import World
 from domlora.errors import ConfigError
 from domlora.features.batch import Batch
 from domlora.features.schema import Feature, Schema
-from domlora.studies import describe, plots
+from domlora.studies import describe
 from domlora.studies.describing import census
 from domlora.studies.describing.facts import Clicks, DomainFacts, wilson
 from domlora.studies.describing.facts_text import interval
 from domlora.studies.describing.reach import reaches
-from domlora.studies.statistics import MINUS
+from domlora.studies.reporting import plots
+from domlora.studies.reporting.statistics import MINUS
 
 HOSTILE = """"><script>alert(1)</script><img src=x onerror=alert(2)> | ' {{ 7 * 7 }} \u2028"""
 VOID = {"meta", "link", "br", "img", "input", "hr"}

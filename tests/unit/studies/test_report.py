@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from domlora.errors import DataError
-from domlora.studies import report
-from domlora.studies.report import findings, write_report
-from domlora.studies.tables import tabulate
+from domlora.studies.report import write_report
+from domlora.studies.reporting.findings import findings
+from domlora.studies.reporting.tables import tabulate
 
 HOSTILE = """"><script>alert(1)</script><img src=x onerror=alert(2)> ' {{ 7 * 7 }} \u2028"""
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -147,6 +147,8 @@ SHAPES = {
     "base alone": {"methods": ("base",)},
     "no base": {"methods": ("joint",)},
     "a stranger": {"methods": ("base", "mine")},
+    "many methods": {"methods": ("base", *(f"m{n}" for n in range(9))), "models": ("a", "b", "c", "d", "e")},
+    "hundreds of domains": {"num_domains": 300, "methods": METHODS[:2]},
 }
 
 
@@ -254,7 +256,7 @@ def test_page_says_the_finding_first(tmp_path):
     lines = lines_with(-0.0002, 0.0012, 0.0026)
     _, page = page_of(lines, tmp_path)
     assert sentence_of(lines) in page.text
-    assert page.text.index(sentence_of(lines)) < page.text.rindex("All models")
+    assert page.text.index(sentence_of(lines)) < page.text.rindex("WAUC by model")
     assert "\u25b2" not in page.text
     assert "chip gain" not in page.values("class")
     assert "chip same" in page.values("class")
@@ -274,9 +276,8 @@ def test_one_class_is_shown_as_such(pages):
 
 def test_many_intervals_come_with_a_warning(pages):
     page = pages["many domains, truth"][1]  # 20 scored domains, three methods against the base
-    assert "Each of these 60 intervals" in page.text
-    assert "expect about 3 false" in page.text
-    assert "false gains" not in pages["one of all"][1].text
+    assert "misses zero with a chance of 5 % where there is no difference: of 60 about 3" in page.text
+    assert "with a chance of 5 %" not in pages["one of all"][1].text
 
 
 def test_how_it_was_made(tmp_path):
@@ -289,6 +290,71 @@ def test_how_it_was_made(tmp_path):
 def test_cautions_are_shown(tmp_path):
     _, page = page_of(results()[:-1], tmp_path)
     assert "1 of 9 runs (models, methods, seeds) are missing" in page.text
+
+
+# ------------------------------------------------------------------------------------------------- parts of the page
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"<h3 id=[^>]*>([^<]*)</h3>", text)
+
+
+def test_contents_lead_to_every_part(shaped):
+    text, _ = shaped
+    contents = re.search(r"<nav.*?</nav>", text, flags=re.DOTALL)
+    assert contents is not None
+    listed = re.findall(r'<a href="#([^"]*)">', contents.group())
+    parts = re.findall(r'<h3 id="([^"]*)"', text) + re.findall(r'<section id="([^"]*)"', text)
+    assert set(listed) == set(parts)
+
+
+def with_arms(lines: list[dict[str, Any]], kind: str = "two_stage") -> list[dict[str, Any]]:
+    """Arms called t4, t16 ... as those of a sweep of the temperature."""
+    for line in lines:
+        if re.fullmatch(r"t\d+", line["method"]):
+            line |= {"kind": kind, "config": {"method": kind, "adapter": {"temperature": int(line["method"][1:])}}}
+    return lines
+
+
+def test_a_sweep_has_its_curve(tmp_path):
+    lines = with_arms(results(methods=("base", "t4", "t16", "t64")))
+    text, page = page_of(lines, tmp_path, markdown=tmp_path / "r.md")
+    assert "Options" in headings(text)
+    assert "adapter.temperature: difference to the base with its 95 % interval, deepfm." in page.text
+    assert "| adapter.temperature | two_stage | deepfm | 16 |" in (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "t64" in page.text[page.text.rindex("Arms: a method with options of its own") :]
+
+
+def test_steps_have_their_waterfall_and_table(tmp_path):
+    facts = {"steps": ["one", "two"], "titles": {"one": "+ dropout dead", "two": "+ L2"}}
+    lines = results(methods=("base", "one", "two"))
+    text, page = page_of(lines, tmp_path, facts=facts, markdown=tmp_path / "r.md")
+    assert "What each switch moves" in headings(text)
+    assert "Each arm changes one thing more than the one before it, from base on." in page.text
+    assert "against the step before" in page.text
+    assert "| deepfm | + dropout dead |" in (tmp_path / "r.md").read_text(encoding="utf-8")
+
+
+def test_many_methods_have_a_line_each(pages):
+    text, page = pages["many methods"]
+    assert "All arms" in headings(text)
+    assert "difference to the base p p, Holm" in page.text
+    assert "toy, mean over models" in page.text
+
+
+def test_holm_is_told_for_several_models_only(pages):
+    assert "p-values, before and after Holm" in pages["many models"][1].text
+    assert "Holm" not in pages["one of all"][1].text
+
+
+def test_of_hundreds_of_domains_a_few_are_shown_and_all_are_counted(pages):
+    text, page = pages["hundreds of domains"]
+    assert "300 domains: shown are the 20 largest" in page.text
+    assert len(re.findall(r'<tr><th scope="row">d\d+</th>', text)) == 40
+    counts = re.search(r"joint in all domains: ([^.]*)\.", page.text)
+    assert counts is not None
+    assert sum(map(int, re.findall(r" in (\d+)", counts[1]))) == 300
+    assert len(text) < 1_500_000
 
 
 # --------------------------------------------------------------------------------------------------------- safety
@@ -307,7 +373,10 @@ def test_no_name_gets_into_the_page(tmp_path):
         line["versions"] = {HOSTILE: HOSTILE}
         line["domains"] = [{**domain, "name": f"{HOSTILE}{number}"} for number, domain in enumerate(line["domains"])]
         line["domains"][1] |= {"status": HOSTILE}
-    text, page = page_of(lines, tmp_path, title=HOSTILE, notes=[HOSTILE], command=HOSTILE, markdown=tmp_path / "r.md")
+    facts = {"titles": {HOSTILE: f"+ {HOSTILE}"}, "reference": HOSTILE}
+    text, page = page_of(
+        lines, tmp_path, title=HOSTILE, notes=[HOSTILE], command=HOSTILE, facts=facts, markdown=tmp_path / "r.md"
+    )
     assert not {"script", "img"} & set(page.tags)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert "<script" not in text
@@ -319,18 +388,18 @@ def test_same_results_same_bytes_in_any_order(tmp_path):
     lines = results(truth=True, num_seeds=2, methods=METHODS[:2])
     paths = [tmp_path / str(number) for number in range(2)]
     for path, order in zip(paths, (lines, lines[::-1]), strict=True):
-        write_report(order, path / "r.html", markdown=path / "r.md", csv=path / "r.csv")
-    for name in ("r.html", "r.md", "r.csv"):
+        write_report(order, path / "r.html", markdown=path / "r.md", latex=path / "r.tex", csv=path / "r.csv")
+    for name in ("r.html", "r.md", "r.tex", "r.csv"):
         assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes()
 
 
 def test_tables_are_written_beside_the_page(tmp_path):
-    write_report(
-        SMALL, tmp_path / "r.html", markdown=tmp_path / "deep" / "r.md", csv=tmp_path / "r.csv", title="Toy | study"
-    )
+    paths = {"markdown": tmp_path / "deep" / "r.md", "latex": tmp_path / "r.tex", "csv": tmp_path / "r.csv"}
+    write_report(SMALL, tmp_path / "r.html", **paths, title="Toy | study")
     text = (tmp_path / "deep" / "r.md").read_text(encoding="utf-8")
     assert text.startswith("# Toy \\| study\n\n**toy**\n\n- Adapters (two_stage) change WAUC by ")
     assert "| toy | deepfm |" in text
+    assert r"\toprule" in paths["latex"].read_text(encoding="utf-8")
     assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 3
 
 
@@ -359,7 +428,7 @@ def test_nothing_is_written_of_nothing(tmp_path):
 
 def themes() -> list[dict[str, str]]:
     """The colours of the light page and of the dark one."""
-    text = files(report.__package__ or "").joinpath("report.html").read_text(encoding="utf-8")
+    text = files("domlora.studies.reporting").joinpath("report.html").read_text(encoding="utf-8")
     blocks = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
     return [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})\b", block)) for block in blocks]
 
@@ -382,7 +451,7 @@ def test_contrast(theme):
     for back in ("page", "surface"):
         for words in ("ink", "quiet", "link"):
             assert contrast(colours[words], colours[back]) >= 4.5, (words, back)
-        for number in range(1, 7):
+        for number in range(1, 9):
             assert contrast(colours[f"series-{number}"], colours[back]) >= 3.0, (number, back)
     for words, back in (("gain", "gain-back"), ("loss", "loss-back"), ("ink", "same-back"), ("ink", "loss-back")):
         assert contrast(colours[words], colours[back]) >= 4.5, (words, back)

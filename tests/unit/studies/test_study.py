@@ -1,99 +1,24 @@
-"""The runner: what is run, what is run again, and what a killed run leaves."""
+"""What a study says: names, precedence of options, and every mistake in one line."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from domlora.config import parse
-from domlora.data.synthetic import World
 from domlora.errors import ConfigError
-from domlora.models.build import MODELS, build_model
-from domlora.studies.study import DatasetSpec, Study, count_parameters, read_facts, run_study
-from domlora.studies.tables import read_results
+from domlora.studies.study import Arm, DatasetSpec, Study, read_facts, write_facts
 
-SMALL = {
-    "model": {"hidden_units": [8], "dropout": 0.0},
-    "train": {stage: {"fit": {"batch_size": 64, "max_epochs": 1}} for stage in ("pretrain", "joint", "adapt")},
-}
-
-
-def study(**options: Any) -> Study:
-    plan = {
-        "name": "small",
-        "datasets": {"world": {"world": {"num_domains": 2, "num_dense": 3}, "num_rows": 500}},
-        "models": ["mlp"],
-        "methods": ["two_stage"],
-        "config": SMALL,
+SPACE = {
+    "train": {
+        stage: {"optimizer.dense.lr": {"low": 1e-3, "high": 0.1, "log": True}}
+        for stage in ("pretrain", "joint", "adapt")
     }
-    return parse(Study, {**plan, **options})
-
-
-def keys(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    return sorted((line["model"], line["method"], line["seed"]) for line in lines)
-
-
-def test_one_line_a_run_with_the_base_and_the_truth(tmp_path: Path) -> None:
-    lines = read_results(run_study(study(seeds=[1, 2]), tmp_path))
-    assert keys(lines) == [
-        (m, how, s) for m, how in (("mlp", "base"), ("mlp", "two_stage"), ("truth", "truth")) for s in (1, 2)
-    ]
-    assert len({line["key"] for line in lines}) == len(lines)
-    for line in lines:
-        assert 0 < line["wauc"] < 1
-        assert [row["name"] for row in line["domains"]] == ["d0", "d1"]
-    adapted = next(line for line in lines if line["method"] == "two_stage")
-    assert adapted["params_adapters"] > 0
-    assert adapted["history"][0]["epoch"] == 0  # the base is a candidate
-    assert adapted["valid_wauc"] == max(entry["wauc"] for entry in adapted["history"])
-
-
-def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
-    results = run_study(study(), tmp_path)
-    first, seen = results.read_bytes(), []
-    run_study(study(), tmp_path, on_result=seen.append)
-    assert results.read_bytes() == first
-    assert len(seen) == 3  # old lines are shown too
-    run_study(study(seeds=[1, 2]), tmp_path)
-    assert results.read_bytes().startswith(first)
-    assert len(read_results(results)) == 6
-
-
-def test_an_option_of_the_second_stage_does_not_run_the_base_again(tmp_path: Path) -> None:
-    run_study(study(), tmp_path)
-    other = {**SMALL, "train": {**SMALL["train"], "adapt": {"fit": {"batch_size": 32, "max_epochs": 1}}}}
-    lines = read_results(run_study(study(config=other), tmp_path))
-    assert [line["method"] for line in lines].count("base") == 1
-    assert [line["method"] for line in lines].count("two_stage") == 2
-
-
-def test_half_a_line_of_a_killed_run_spoils_no_other(tmp_path: Path) -> None:
-    results = run_study(study(), tmp_path)
-    whole = results.read_bytes()
-    results.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 40])
-    lines = read_results(run_study(study(), tmp_path))
-    assert keys(lines) == keys(read_results(results))
-    assert len(lines) == 3
-
-
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    def scores(folder: Path, jobs: int) -> dict[str, float]:
-        lines = read_results(run_study(study(seeds=[1, 2]), folder, jobs=jobs))
-        return {line["key"]: line["wauc"] for line in lines}
-
-    one, two = scores(tmp_path / "one", 1), scores(tmp_path / "two", 2)
-    assert one.keys() == two.keys()
-    assert all(abs(one[key] - two[key]) < 1e-3 for key in one)  # threads may round sums in another order
-    assert not list((tmp_path / "two").glob("checkpoints/*"))
-
-
-def test_each_seed_is_a_world_of_its_own(tmp_path: Path) -> None:
-    lines = read_results(run_study(study(seeds=[1, 2], methods=["base"]), tmp_path))
-    assert len({line["data_fingerprint"] for line in lines}) == 2
+}
 
 
 @pytest.mark.parametrize(
@@ -104,40 +29,181 @@ def test_each_seed_is_a_world_of_its_own(tmp_path: Path) -> None:
         ({"seeds": []}, "seed"),
         ({"overrides": {"dcn": {}}}, "mlp"),
         ({"config": {"modle": {}}}, "model"),
+        ({"config": {"model": {"name": "dcn"}}}, "model.name.*'dcn'"),
         ({"datasets": {"x": {"source": "movielens-1m", "folder": "y"}}}, "exactly one"),
         ({"datasets": {"x": {"source": "movielens-1m", "setings": ["y"]}}}, "settings"),
+        ({"datasets": {"x": {"folder": "y", "config": {"trian": {}}}}}, "'trian'.*'train'"),
+        ({"arms": {"t4": {"method": "joined"}}}, "method of arm 't4'.*'joined'.*'joint'"),
+        ({"arms": {"t4": {"methd": "joint"}}}, r"\[arms.t4\].*'methd'.*'method'"),
+        ({"arms": {"joint": {"method": "joint"}}}, "name that no method and no model has.*'joint'"),
+        ({"arms": {"mlp": {"method": "joint"}}}, "name that no method and no model has.*'mlp'"),
+        ({"arms": {"truth": {"method": "joint"}}}, "'truth'"),
+        ({"arms": {"a": {"method": "joint", "models": ["dcn"]}}}, "model of arm 'a'.*'dcn'.*'mlp'"),
+        ({"arms": {"a": {"method": "joint", "tuned_as": "b"}}}, "tuned_as of arm 'a'.*'b'"),
+        ({"arms": {"a": {"method": "joint", "tuned_as": "base"}}}, "same method.*'base'"),
+        (
+            {"methods": ["a"], "arms": {"a": {"method": "joint", "config": {"train": {"adapter": {"rnk": 1}}}}}},
+            "'rank'",
+        ),
+        ({"methods": ["joint"], "arms": {"a": {"method": "joint"}}, "steps": ["a"]}, "reference or step.*'a'"),
+        ({"reference": "joint"}, "reference or step.*'joint'"),
     ],
 )
-def test_a_mistake_is_found_before_anything_runs(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_mistake_is_found_before_anything_runs(study: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
         study(**options)
+    assert "\n" not in str(caught.value)
 
 
-def test_overrides_go_on_top() -> None:
-    plan = study(models=["mlp", "dcn"], overrides={"dcn": {"model": {"dropout": 0.5}}})
-    assert plan.config_of("dcn").model == {"name": "dcn", "hidden_units": [8], "dropout": 0.5}
-    assert plan.config_of("mlp").model["dropout"] == 0.0
+def test_an_arm_that_no_method_names_is_not_run(study: Any) -> None:
+    plan = study(methods=["joint"], arms={"t4": {"method": "joint"}})
+    assert plan.arms_of("mlp") == ("base", "joint")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_all_counted(name: str) -> None:
-    schema = World(num_domains=2).schema
-    pair = replace(schema, features=(*schema.features, replace(schema.features[0], name="other")))
-    model = build_model(name, pair, embedding_dim=4, hidden_units=(8,)).requires_grad_(False)
-    counts = count_parameters(model)
-    assert counts["params_total"] == sum(p.numel() for p in model.parameters())
-    assert 0 < counts["params_tables"] < counts["params_total"]
-    assert counts["params_adapters"] == 0
-    assert not any(p.requires_grad for p in model.parameters())
+def test_an_arm_may_be_run_on_some_models_only(study: Any) -> None:
+    plan = study(models=["mlp", "star"], methods=["t4", "joint"], arms={"t4": {"method": "joint", "models": ["star"]}})
+    assert plan.arms_of("mlp") == ("base", "joint")
+    assert plan.arms_of("star") == ("base", "t4", "joint")
 
 
-def test_facts_of_a_study(tmp_path: Path) -> None:
+def test_a_method_is_an_arm_without_options(study: Any) -> None:
+    assert study().arm("joint") == Arm("joint")
+
+
+def test_the_later_option_wins(study: Any) -> None:
+    """Study, dataset, model, what the arm takes over, arm, what was found for it: each sets one key less."""
+
+    def model(*dropped: str) -> dict[str, Any]:
+        keys = ("study", "dataset", "override", "below", "arm", "tuned")
+        return {f"{key}_": dropped[-1] for key in keys[len(dropped) - 1 :]}
+
+    plan = study(
+        methods=["mine"],
+        config={"model": model("1")},
+        datasets={"world": {"world": {}, "config": {"model": model("1", "2")}}, "plain": {"world": {}}},
+        overrides={"mlp": {"model": model("1", "2", "3")}},
+        arms={"mine": {"method": "two_stage", "config": {"model": model("1", "2", "3", "4", "5")}}},
+    )
+    below = {f"model.{key}": value for key, value in model("1", "2", "3", "4").items()}
+    tuned = {f"model.{key}": value for key, value in model("1", "2", "3", "4", "5", "6").items()}
+    found = {
+        k: v for k, v in plan.config_of("world", "mlp", "mine", below=below, tuned=tuned).model.items() if k[-1] == "_"
+    }
+    assert found == {
+        "study_": "1",
+        "dataset_": "2",
+        "override_": "3",
+        "below_": "4",
+        "arm_": "5",
+        "tuned_": "6",
+    }
+    plain = {**model("1"), **model("1", "2"), **model("1", "2", "3")}
+    assert plan.config_of("world", "mlp").model == {"name": "mlp", "hidden_units": [8], "dropout": 0.0, **plain}
+    assert plan.config_of("plain", "mlp").model["dataset_"] == "1"
+
+
+def test_options_are_merged_key_by_key(study: Any) -> None:
+    arms = {"t4": {"method": "joint", "config": {"train": {"adapter": {"temperature": 4}}}}}
+    plan = study(models=["mlp", "dcn"], overrides={"dcn": {"model": {"dropout": 0.5}}}, methods=["t4"], arms=arms)
+    assert plan.config_of("world", "dcn").model == {"name": "dcn", "hidden_units": [8], "dropout": 0.5}
+    assert plan.config_of("world", "mlp").model["dropout"] == 0.0
+    arm = plan.config_of("world", "mlp", "t4").train
+    assert (arm.adapter.temperature, arm.joint.fit.batch_size) == (4, 64)
+    assert plan.config_of("world", "mlp").train.adapter.temperature == 16
+
+
+def test_options_of_one_model_are_not_those_of_another(study: Any) -> None:
+    plan = study(models=["mlp", "dcn"])
+    plan.config_of("world", "mlp").model["dropout"] = 0.9
+    assert plan.config_of("world", "mlp").model["dropout"] == 0.0
+    assert plan.config_of("world", "dcn").model["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"trials": 0}, "trials of at least 1"),
+        ({"seeds": [1, 1]}, "that differ"),
+        ({"pruning": "medain"}, "median"),
+        ({"equal": "all"}, "total"),
+        ({"trails": 3}, "'trails'.*'trials'"),
+        ({"space": {}}, "needs a space"),
+        ({"space": {"train.joint.optimizer.dense.lr": {"low": 0.1, "high": 0.01}}}, "train.joint.*low below high"),
+        ({"space": {"train.joint.optimizer.dense.lr": {"low": 0.1}}}, "train.joint.optimizer.dense.lr.*high"),
+        ({"space": {"train.joint.optimizer.dense.lr": {"low": 0, "high": 1, "log": True}}}, "low above 0"),
+        ({"space": {"train.joint.fit.batch_size": {"low": 32, "high": 64, "step": 20}}}, "whole number of steps"),
+        ({"space": {"train.joint.fit.batch_size": {"low": 32, "high": 64, "step": 64}}}, "a step must"),
+        ({"space": {"train.joint.fit.batch_size": {"low": 32, "high": 64, "stp": 8}}}, "'stp'.*'step'"),
+        ({"space": {"train.joint.fit.batch_size": 64}}, "list of choices.*train.joint.fit.batch_size.*64"),
+        ({"space": {"train.joint.fit.batch_size": []}}, "list of choices"),
+        ({"space": {"train.joint.fit.batch_size": [64, 64]}}, "must differ"),
+        ({"space": {"train.joint.fit.batch_size": [64, "32"]}}, "train.joint.fit.batch_size.*'32'"),
+        ({"space": {"train.joint.fit.batch_size": {"low": 0.5, "high": 64}}}, "batch_size.*0.5"),
+        ({"space": {"train.joint.fitt.batch_size": [64]}}, r"\[train.joint\].*'fitt'.*'fit'"),
+        ({"space": {"train.joined.fit.batch_size": [64]}}, "no method reads.*'train.joined.*'train.joint'"),
+        ({"space": {"trian.joint.fit.batch_size": [64]}}, "no method reads"),
+        ({"space": {"train.joint.fit.seed": [1, 2]}}, "leave this option alone"),
+        ({"space": {"train.joint.fit.monitor": ["wauc", "macro_auc"]}}, "leave this option alone"),
+        ({"space": {"model.name": ["mlp", "dcn"]}}, "leave this option alone"),
+        ({"of": {"jiont": {}}}, "search.of.*'jiont'.*'joint'"),
+        ({"of": {"two_stage": {"model.dropout": [0.0, 0.1]}}}, "search.of.two_stage.*'model.dropout'.*train.adapt"),
+        ({"of": {"base": {"train.joint.fit.batch_size": [32, 64]}}}, "search.of.base.*'train.joint.*train.pretrain"),
+        ({"space": {"model.dropout": [0.0, 0.1]}}, r"'two_stage' has nothing.*\[search.of.two_stage\]"),
+    ],
+)
+def test_a_mistake_in_a_search_is_found_before_anything_runs(study: Any, search: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        study(search={"space": SPACE, **search})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_arm_cannot_search_what_it_sets(study: Any) -> None:
+    arms = {"t4": {"method": "joint", "config": {"train": {"adapter": {"temperature": 4}}}}}
+    search = {"space": SPACE, "of": {"t4": {"train.adapter.temperature": [4, 8]}}}
+    with pytest.raises(ConfigError, match=r"sets an option and searches it too.*temperature"):
+        study(methods=["t4"], arms=arms, search=search)
+
+
+def test_seeds_of_the_search_are_none_of_the_study_unless_asked(study: Any) -> None:
+    assert study(seeds=[1, 2], search={"space": SPACE}).tuning_seeds == (0,)
+    assert study(seeds=[0, 4], search={"space": SPACE}).tuning_seeds == (5,)
+    assert study(seeds=[1, 2], search={"space": SPACE, "seeds": [2, 7]}).tuning_seeds == (2, 7)
+
+
+def test_facts_of_a_study(study: Any, tmp_path: Path) -> None:
     assert read_facts(tmp_path / "nowhere") == {"title": "nowhere", "command": ""}
-    run_study(replace(study(), title="Small"), tmp_path, command="domlora study small.toml")
-    assert read_facts(tmp_path) == {"title": "Small", "command": "domlora study small.toml"}
-    assert json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    arms = {"t4": {"method": "joint", "title": "temperature 4"}, "t8": {"method": "joint"}}
+    plan = study(title="Small", methods=["t4", "t8"], arms=arms, reference="t8", steps=["t4"])
+    write_facts(plan, tmp_path, "domlora study small.toml")
+    assert read_facts(tmp_path) == {
+        "title": "Small",
+        "command": "domlora study small.toml",
+        "reference": "t8",
+        "steps": ["t4"],
+        "titles": {"t4": "temperature 4"},
+    }
 
 
 def test_a_dataset_is_one_of_three() -> None:
     with pytest.raises(ConfigError, match="exactly one"):
         DatasetSpec()
+
+
+def test_the_study_in_the_docs_is_one() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "studies.md").read_text(encoding="utf-8")
+    block = re.search(r"```toml\n(.*?)```", text, flags=re.S)
+    assert block is not None
+    plan = parse(Study, tomllib.loads(block[1]))
+    assert plan.config_of("gender", "mlp", "t4").model == {
+        "name": "mlp",
+        "embedding_dim": 16,
+        "hidden_units": [256, 128, 64],
+        "dropout": 0.2,
+    }
+    assert plan.tuned_arms("mlp") == ("base", "joint", "two_stage")
+    assert plan.space_of("mlp", "joint").keys() == {
+        "model.dropout",
+        "train.joint.optimizer.dense.lr",
+        "train.adapter.temperature",
+    }
+    assert plan.space_of("mlp", "two_stage").keys() == {"train.adapt.optimizer.adapters.lr"}

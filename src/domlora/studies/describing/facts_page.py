@@ -13,9 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from domlora.data.dataset import SPLITS
-from domlora.studies import plots
 from domlora.studies.describing import facts_text
 from domlora.studies.describing.facts import DomainFacts, Facts
+from domlora.studies.reporting import plots
 
 __all__ = ["to_html"]
 
@@ -57,7 +57,7 @@ def _file(name: str) -> str:
 
 def _style() -> Markup:
     """The look of a study's page, so that both are of one house."""
-    found = re.search(r"<style>.*?</style>", _file("report.html"), flags=re.DOTALL)
+    found = re.search(r"<style>.*?</style>", _file("reporting/report.html"), flags=re.DOTALL)
     assert found is not None
     return Markup(found.group())
 

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from domlora.studies.describing.facts import Clicks, Coverage, DomainFacts, Facts, FeatureFacts, Overlap, Reach
-from domlora.studies.statistics import DASH, MINUS
-from domlora.studies.text import plain_markdown
+from domlora.studies.reporting.statistics import DASH, MINUS
+from domlora.studies.reporting.text import plain_markdown
 
 __all__ = ["about", "interval", "kind", "named", "number", "percent", "ratio", "to_markdown", "whole"]
 

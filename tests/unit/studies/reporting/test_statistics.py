@@ -6,13 +6,19 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from domlora.errors import DataError
-from domlora.studies.statistics import (
+from domlora.studies.reporting.statistics import (
+    LEVEL,
     Interval,
     gap_closed,
+    holm,
     interval_text,
+    p_text,
+    p_value,
     paired,
     score_text,
     signed,
@@ -119,3 +125,66 @@ def test_texts():
     assert score_text(spread([])) == "\u2013"
     assert interval_text(Interval(0.0012, -0.0005, 0.0029, 5)) == "+0.12 [\u22120.05, +0.29]"
     assert interval_text(Interval(0.0012, math.nan, math.nan, 1)) == "+0.12"
+
+
+# ---------------------------------------------------------------------------------------------------- several tests
+
+P = st.one_of(st.floats(0.0, 1.0), st.just(math.nan))
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 30])
+def test_p_value_is_scipys(num):
+    differences = np.random.default_rng(num).normal(0.001, 0.002, num)
+    assert p_value(paired(differences)) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, rel=1e-9)
+
+
+@given(st.lists(st.floats(-1.0, 1.0).map(lambda value: round(value, 4)), min_size=2, max_size=8))
+def test_p_value_and_interval_say_the_same(differences):
+    interval = paired(differences)
+    sure = verdict(interval) in ("gain", "loss")
+    assert sure == (p_value(interval) < LEVEL)
+
+
+def test_p_value_without_width():
+    assert p_value(paired([0.25, 0.25])) == 0.0
+    assert p_value(paired([0.0, 0.0])) == 1.0
+    assert math.isnan(p_value(paired([])))
+
+
+def test_holm_by_hand():
+    # sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; never smaller than the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+
+
+def test_holm_of_one_or_none_is_the_same():
+    assert holm([0.03]) == (0.03,)
+    assert holm([]) == ()
+
+
+@given(st.lists(P, max_size=12), st.floats(0.001, 0.999))
+def test_holm_is_its_step_down_procedure(p_values, level):
+    """From the smallest on, reject while p <= level / (tests that are left), then stop: by the book, for any level."""
+    known = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    rejected = set()
+    for rank, (p, place) in enumerate(known):
+        if p * (len(known) - rank) > level:
+            break
+        rejected.add(place)
+    adjusted = holm(p_values)
+    assert {place for place, p in enumerate(adjusted) if p <= level} == rejected
+    assert [math.isnan(p) for p in adjusted] == [math.isnan(p) for p in p_values]
+    assert all(new >= old for new, old in zip(adjusted, p_values, strict=True) if not math.isnan(old))
+
+
+def test_holm_keeps_the_chance_of_any_false_finding():
+    """Ten models without any difference, 1,000 studies: five percent of studies may claim something, and not forty."""
+    draws = np.random.default_rng(3).normal(0.0, 1.0, (1000, 10, 5))
+    p_values = stats.ttest_1samp(draws, 0, axis=2).pvalue
+    naive = sum(any(p < LEVEL for p in row) for row in p_values)
+    after = sum(any(p < LEVEL for p in holm(list(row))) for row in p_values)
+    assert naive > 350
+    assert 29 <= after <= 71  # 50, plus and minus three standard deviations
+
+
+def test_texts_of_p_values():
+    assert [p_text(p) for p in (0.0, 0.0009, 0.001, 0.0512, 0.5)] == ["< 0.001", "< 0.001", "0.001", "0.051", "0.50"]

@@ -1,4 +1,4 @@
-"""How sure a difference between two methods is: means and intervals over seeds.
+"""How sure a difference between two methods is: means, intervals and p-values over seeds.
 
 Two runs of the same dataset, model and seed start from the same numbers, so their *difference* varies much less from
 seed to seed than either of them does. All intervals here are of such paired differences.
@@ -14,12 +14,16 @@ from domlora.errors import DataError
 
 __all__ = [
     "DASH",
+    "LEVEL",
     "MINUS",
     "Interval",
     "Spread",
     "Verdict",
     "gap_closed",
+    "holm",
     "interval_text",
+    "p_text",
+    "p_value",
     "paired",
     "score_text",
     "signed",
@@ -32,7 +36,9 @@ DASH = "\u2013"
 
 Verdict = Literal["gain", "loss", "no difference", "one run"]
 
-_CONFIDENCE = 0.95
+LEVEL = 0.05
+"""How often a test may find what is not there: intervals hold the truth in 1 - LEVEL of all studies."""
+
 _NOTHING = (math.nan, math.nan, math.nan)
 
 
@@ -110,6 +116,46 @@ def verdict(interval: Interval) -> Verdict:
     return "loss" if interval.high < 0 else "no difference"
 
 
+def p_value(interval: Interval) -> float:
+    """Two-sided p-value of Student's paired test: how often no difference at all would look like this one or larger.
+
+    It is the test that the interval comes from: below ``LEVEL`` just where the interval excludes zero. NaN for fewer than
+    two pairs; 0 for equal differences that are not zero, which leave no width.
+
+    >>> round(p_value(paired([1.0, 2.0, 3.0])), 4), p_value(paired([0.0, 0.0])), p_value(paired([0.5]))
+    (0.0742, 1.0, nan)
+    """
+    from scipy.special import stdtr
+
+    if interval.num_pairs < 2:
+        return math.nan
+    degrees, half = interval.num_pairs - 1, (interval.high - interval.low) / 2
+    if half == 0:
+        return 0.0 if interval.mean else 1.0
+    return float(2 * stdtr(degrees, -abs(interval.mean) / half * _student(degrees)))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Holm's correction: p-values of several tests, adjusted so that any false finding among them has a chance of ``LEVEL``.
+
+    The i-th smallest of m becomes ``max over j <= i of (m - j + 1) p_j``, at most 1. It holds however the tests depend on
+    each other. NaN (no test) stays NaN and does not count.
+
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+    (1979), in the form of adjusted p-values.
+
+    >>> holm([0.01, 0.04, 0.03])
+    (0.03, 0.06, 0.06)
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    adjusted = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min((len(known) - rank) * p, 1.0))
+        adjusted[place] = largest
+    return tuple(adjusted)
+
+
 def gap_closed(base: Sequence[float], method: Sequence[float], truth: Sequence[float]) -> Interval:
     """Share of the way from the base to the truth that a method goes: ``(method - base) / (truth - base)``, over seeds.
 
@@ -166,6 +212,17 @@ def interval_text(interval: Interval) -> str:
     return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
 
 
+def p_text(p: float) -> str:
+    """A p-value with two digits that count.
+
+    >>> p_text(0.0312), p_text(0.2), p_text(0.00001), p_text(math.nan)
+    ('0.031', '0.20', '< 0.001', '–')
+    """
+    if math.isnan(p):
+        return DASH
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
 def _known(values: Iterable[float]) -> list[float]:
     return [float(value) for value in values if not math.isnan(value)]
 
@@ -180,4 +237,4 @@ def _student(degrees: int) -> float:
     # scipy comes with the report extra; results can be read and a study run without it.
     from scipy.special import stdtrit
 
-    return float(stdtrit(degrees, (1 + _CONFIDENCE) / 2))
+    return float(stdtrit(degrees, 1 - LEVEL / 2))

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from domlora.errors import DataError
-from domlora.studies.statistics import paired
-from domlora.studies.tables import MEAN, read_results, tabulate
-from domlora.studies.text import to_csv, to_markdown
+from domlora.studies.reporting.cells import Cell
+from domlora.studies.reporting.findings import families
+from domlora.studies.reporting.statistics import p_value, paired, spread
+from domlora.studies.reporting.tables import MEAN, DomainRow, read_results, shown_domains, tabulate
+from domlora.studies.reporting.text import to_csv, to_markdown
 
 
 def line(model="mlp", method="base", seed=1, wauc=0.75, dataset="toy", **more) -> dict[str, Any]:
@@ -210,7 +212,10 @@ def test_curves_leave_out_what_was_not_scored():
 
 def test_methods_have_their_order_and_strangers_come_last():
     lines = [line(method=method) for method in ("zeta", "bias_only", "two_stage", "alpha", "base", "joint")]
-    assert tabulate(lines).datasets[0].methods == ("base", "joint", "two_stage", "bias_only", "alpha", "zeta")
+    lines += [line(method="alpha", seed=2), line(method="only_here", dataset="another")]
+    tables = tabulate(lines)
+    assert tables.methods == ("base", "joint", "two_stage", "bias_only", "zeta", "alpha", "only_here")
+    assert tables.datasets[1].methods == ("base", "joint", "two_stage", "bias_only", "zeta", "alpha")
 
 
 def test_no_base_is_a_caution():
@@ -225,18 +230,116 @@ def test_no_runs_are_refused(lines):
         tabulate(lines)
 
 
+# -------------------------------------------------------------------------------------------------- many comparisons
+
+
+def five_seeds(model, gains, method="two_stage", **more):
+    lines = [line(model, "base", seed, 0.7, **more) for seed in range(1, 6)]
+    return lines + [line(model, method, seed, 0.7 + gain, **more) for seed, gain in enumerate(gains, 1)]
+
+
+SURE, WEAK = (0.0100, 0.0101, 0.0099, 0.0100, 0.0102), (0.001, 0.002, 0.003, 0.0045, 0.0003)
+
+
+def test_holm_takes_the_models_of_a_dataset_together_method_by_method():
+    lines = five_seeds("a", SURE) + five_seeds("b", WEAK) + five_seeds("c", [-0.001, 0.001, 0.0, 0.002, -0.002])
+    lines += five_seeds("a", WEAK, "joint")
+    (table,) = tabulate(lines).datasets
+    p = [p_value(cells_of(row)["two_stage"].difference) for row in table.models]
+    assert p[0] < p[1] < 0.05 < p[2]
+    adjusted = [cells_of(row)["two_stage"].p_holm for row in table.models]
+    assert adjusted == pytest.approx([3 * p[0], 2 * p[1], p[2]])
+    assert [cells_of(row)["two_stage"].stays for row in table.models] == [True, 2 * p[1] < 0.05, False]
+    assert cells_of(table.models[0])["joint"].p_holm == pytest.approx(p[1])  # a family of one
+    assert math.isnan(cells_of(table.mean)["two_stage"].p_holm)
+    assert not cells_of(table.models[0])["base"].stays
+
+
+def test_a_gain_that_does_not_stay_has_no_dagger():
+    lines = five_seeds("a", SURE) + [each for n in range(9) for each in five_seeds(f"weak{n}", WEAK)]
+    tables = tabulate(lines)
+    text = to_markdown(tables)
+    assert "| toy | a | 70.00 ± 0.00 | 71.00 ± 0.01 | +1.00 [+0.99, +1.02], gain† |" in text
+    assert "| toy | weak0 | 70.00 ± 0.00 | 70.22 ± 0.17 | +0.22 [+0.01, +0.42], gain |" in text
+    assert "| toy | two_stage | 10 | 10 | 0 | a |" in text
+    (family,) = families(tables.datasets[0])
+    assert family.sentence == ("two_stage: gain in 10 of 10 models, loss in 0; after Holm's correction 1 stays: a.")
+
+
+def test_one_model_alone_has_nothing_to_correct():
+    tables = tabulate(five_seeds("a", SURE))
+    assert not tables.corrected
+    assert families(tables.datasets[0]) == ()
+    assert "gain |" in to_markdown(tables)
+    assert "†" not in to_markdown(tables)
+
+
+def test_an_arm_of_some_models_is_not_missing_on_the_others():
+    lines = five_seeds("a", SURE) + [line("b", "base", seed) for seed in range(1, 6)]
+    assert tabulate(lines).cautions == ()
+
+
+def test_of_many_domains_the_largest_and_the_surest_are_shown():
+    def row(number, gains):
+        cells = (cells_of_gains("base", ()), cells_of_gains("joint", gains))
+        return DomainRow(f"d{number}", 1000 - number, 0.2, "scored", math.nan, cells)
+
+    rows = [row(number, SURE if number in (50, 70) else WEAK) for number in range(100)]
+    shown = shown_domains(rows, limit=10)
+    assert [each.name for each in shown[:5]] == ["d0", "d1", "d2", "d3", "d4"]
+    assert {"d50", "d70"} <= {each.name for each in shown}
+    assert len(shown) == 10
+    assert [each.rows for each in shown] == sorted((each.rows for each in shown), reverse=True)
+    assert shown_domains(rows[:10], limit=10) == tuple(rows[:10])
+
+
+def cells_of_gains(method, gains):
+    return Cell(method, spread([0.7]), paired(gains), paired([]), 1)
+
+
+def test_domains_are_corrected_over_all_of_them():
+    lines = []
+    for seed, (one, other) in enumerate(zip(SURE, WEAK, strict=True), 1):
+        lines.append(line(seed=seed, domains=[domain("app", 100, 0.7), domain("web", 300, 0.8)]))
+        after = [domain("app", 100, 0.7 + one), domain("web", 300, 0.8 + other)]
+        lines.append(line(method="joint", seed=seed, domains=after))
+    web, app = tabulate(lines).datasets[0].domains
+    p = p_value(cells_of(app)["joint"].difference)
+    assert cells_of(app)["joint"].p_holm == pytest.approx(2 * p)
+    assert cells_of(web)["joint"].p_holm == pytest.approx(p_value(cells_of(web)["joint"].difference))
+
+
+def test_what_one_domain_costs_is_told_where_it_is_known():
+    lines = [line(params_per_domain=0), line(method="joint", params_per_domain=10), line(method="old")]
+    rows = tabulate(lines).datasets[0].parameters
+    assert [(row.methods, row.per_domain, row.without_tables) for row in rows] == [
+        (("base",), 0, 40),
+        (("joint",), 10, 60),
+        (("old",), None, 60),
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------- text
+
+
+def test_many_methods_have_a_line_each():
+    lines = [line(method=f"m{n}", wauc=0.7 + n / 100) for n in range(6)] + [line()]
+    text = to_markdown(tabulate(lines))
+    assert "| dataset | model | method | WAUC | \u2212 base | p |" in text
+    assert "| toy | mlp | m3 | 73.00 | \u22122.00, one run | \u2013 |" in text
 
 
 def test_csv():
     metrics = {"macro_auc": 0.5, "auc": 0.751, "log_loss": 0.4567891, "gauc": None, "best_epoch": 2.5}
+    metrics |= {"kind": "other", "params_per_domain": 10, "seconds": 1.234}
     text = to_csv(tabulate([line(seed=2), line("mlp", "joint", 1, 0.7600004, **metrics), line(wauc=math.nan)]))
     assert text == (
         "dataset,model,method,seed,wauc,macro_auc,log_loss,params_total,params_adapters,"
-        "auc,gauc,normalized_entropy,pcoc,ece,valid_wauc,params_tables,best_epoch,config_hash\n"
-        "toy,mlp,base,1,,,,100,0,,,,,,,60,,c0ffee\n"
-        "toy,mlp,base,2,0.750000,,,100,0,,,,,,,60,,c0ffee\n"
-        "toy,mlp,joint,1,0.760000,0.500000,0.456789,120,20,0.751000,,,,,,60,2.50,c0ffee\n"
+        "auc,gauc,normalized_entropy,pcoc,ece,valid_wauc,params_tables,best_epoch,config_hash,"
+        "kind,params_per_domain,seconds\n"
+        "toy,mlp,base,1,,,,100,0,,,,,,,60,,c0ffee,base,,\n"
+        "toy,mlp,base,2,0.750000,,,100,0,,,,,,,60,,c0ffee,base,,\n"
+        "toy,mlp,joint,1,0.760000,0.500000,0.456789,120,20,0.751000,,,,,,60,2.50,c0ffee,other,10,1.23\n"
     )
 
 
@@ -264,7 +367,7 @@ def test_markdown_domains_and_parameters():
     text = to_markdown(tabulate([line(domains=domains), line(method="joint", domains=domains)]))
     assert "| app | 1,000 | 12.3 % | 70.00 | 70.00 | 0.00, one run |" in text
     assert "| none | 5 | 0.0 % | one class |  |  |" in text
-    assert "| toy | mlp | joint | 120 | 60 | 40 | 20 | 16.7 % | 50.0 % |" in text
+    assert "| toy | mlp | joint | 120 | 60 | 60 | 20 | \u2013 | 16.7 % | 50.0 % |" in text
 
 
 def test_markdown_names_cannot_break_a_table():

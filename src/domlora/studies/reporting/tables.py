@@ -11,61 +11,45 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from domlora.errors import DataError
-from domlora.studies.statistics import Interval, Spread, gap_closed, paired, spread
+from domlora.studies.reporting.cells import (
+    BASE,
+    TRUTH,
+    Cell,
+    Line,
+    Truth,
+    cells_of,
+    corrected,
+    pair_of,
+    scores_of,
+    value_of,
+)
+from domlora.studies.reporting.statistics import Spread, p_value, spread
 
 __all__ = [
-    "BASE",
     "COUNTS",
     "MEAN",
     "METHODS",
-    "TRUTH",
-    "Cell",
     "Curve",
     "DatasetTable",
     "DomainRow",
-    "Line",
     "ModelRow",
     "ParameterRow",
     "Tables",
-    "method_order",
+    "ordered",
     "read_results",
+    "shown_domains",
     "tabulate",
 ]
 
-BASE = "base"
-TRUTH = "truth"
 MEAN = "mean over models"
 METHODS = (BASE, "joint", "two_stage", "bias_only")
-"""The order of columns; other methods follow by name."""
-
-Line: TypeAlias = Mapping[str, Any]
-Pair: TypeAlias = tuple[int, str]
-"""What two runs must share to be a pair beside dataset and model: the seed and the fingerprint of the data."""
-Scores: TypeAlias = Mapping[tuple[str, str, Pair], float]
-"""(model, method, pair) -> a metric."""
-Truth: TypeAlias = Mapping[str, float]
-"""Fingerprint of the data -> the metric of its true probabilities; worlds may differ from seed to seed."""
+"""Methods that come first, in this order; others follow in the order in which their first runs stand."""
 
 COUNTS = ("params_total", "params_tables", "params_adapters")
 """The counts of a result line: whole numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One method: its AUC, its paired difference to the base, the share of the gap to the truth that it closes.
-
-    The base's own difference has no pairs; without a truth ``gap_closed`` has none either. ``num_models`` is 1, or how
-    many models a mean is over.
-    """
-
-    method: str
-    score: Spread
-    difference: Interval
-    gap_closed: Interval
-    num_models: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +77,22 @@ class DomainRow:
 
 @dataclass(frozen=True, slots=True)
 class ParameterRow:
-    """Learned numbers of one model; methods that have the same counts share a row."""
+    """Learned numbers of one model; methods that have the same counts share a row.
+
+    ``per_domain`` is what one more domain costs, None where lines do not tell.
+    """
 
     model: str
     methods: tuple[str, ...]
     total: int
     tables: int
     adapters: int
+    per_domain: int | None = None
+
+    @property
+    def without_tables(self) -> int:
+        """All that is no embedding table."""
+        return self.total - self.tables
 
     @property
     def dense(self) -> int:
@@ -125,6 +118,7 @@ class DatasetTable:
     Args:
         methods: in the order of the columns, without the truth.
         mean: the mean over models; a seed counts only if every model of a method has it. None for a single model.
+        num_domains: that the models know, also those without rows in the test split.
         domains: AUC by domain, largest first, as a mean over models; ``domains_by_model`` has each model's own.
         curves: of each model.
         truth: WAUC of the true click probabilities, of no value where nobody knows them.
@@ -133,6 +127,7 @@ class DatasetTable:
     name: str
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
+    num_domains: int
     models: tuple[ModelRow, ...]
     mean: ModelRow | None
     domains: tuple[DomainRow, ...]
@@ -150,11 +145,20 @@ class DatasetTable:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """A study: its datasets, the runs they rest on in a fixed order, and what a reader must be warned of."""
+    """A study: its datasets, the runs they rest on in a fixed order, and what a reader must be warned of.
+
+    ``methods`` are those of all datasets, in the order of columns and colours, without the truth.
+    """
 
     datasets: tuple[DatasetTable, ...]
+    methods: tuple[str, ...]
     runs: tuple[Line, ...]
     cautions: tuple[str, ...]
+
+    @property
+    def corrected(self) -> bool:
+        """Whether there is anything to correct for: a dataset with several models."""
+        return any(len(dataset.models) > 1 for dataset in self.datasets)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -180,9 +184,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def tabulate(results: Iterable[Line]) -> Tables:
-    """The tables of some result lines, in an order that does not depend on the order of the lines.
+    """The tables of some result lines.
 
-    Of two runs of the same dataset, model, method and seed the later counts.
+    Of two runs of the same dataset, model, method and seed the later counts. The order of the lines decides nothing else,
+    but for the order of methods that ``METHODS`` does not know.
 
     Raises:
         DataError: no run of a model.
@@ -192,40 +197,71 @@ def tabulate(results: Iterable[Line]) -> Tables:
     for line in results:
         num_lines += 1
         newest[line["dataset"], line["model"], line["method"], int(line["seed"])] = line
-    order = sorted(newest, key=lambda run: (run[0], run[2] == TRUTH, run[1], method_order(run[2]), run[3]))
-    runs = tuple(newest[run] for run in order)
+    methods = ordered(run[2] for run in newest if run[2] != TRUTH)
+    place = {method: number for number, method in enumerate((*methods, TRUTH))}
+    runs = tuple(
+        newest[run] for run in sorted(newest, key=lambda run: (run[0], run[2] == TRUTH, run[1], place[run[2]], run[3]))
+    )
     names = list(dict.fromkeys(line["dataset"] for line in runs if line["method"] != TRUTH))
     if not names:
         raise DataError("a report needs at least one run of a model", received=f"{num_lines} result lines")
-    datasets = tuple(_dataset_table(name, [line for line in runs if line["dataset"] == name]) for name in names)
+    datasets = tuple(
+        _dataset_table(name, [line for line in runs if line["dataset"] == name], methods) for name in names
+    )
     cautions = [caution for dataset in datasets for caution in _cautions(dataset)]
     if num_lines > len(runs):
         cautions.insert(0, f"{num_lines - len(runs)} older runs of the same dataset, model, method and seed left out.")
-    return Tables(datasets, runs, tuple(cautions))
+    return Tables(datasets, methods, runs, tuple(cautions))
 
 
-def method_order(method: str) -> tuple[int, str]:
-    """What methods are sorted by: the known ones first, in the order of ``METHODS``."""
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+def ordered(methods: Iterable[str]) -> tuple[str, ...]:
+    """Each method once: those of ``METHODS`` first, others in the order in which they come.
+
+    >>> ordered(["mine", "joint", "yours", "mine", "base"])
+    ('base', 'joint', 'mine', 'yours')
+    """
+    seen = dict.fromkeys(methods)
+    return (*(method for method in METHODS if method in seen), *(method for method in seen if method not in METHODS))
 
 
-def _dataset_table(name: str, lines: Sequence[Line]) -> DatasetTable:
+def shown_domains(rows: Sequence[DomainRow], limit: int = 40) -> tuple[DomainRow, ...]:
+    """All domains, or of more than ``limit`` the largest half of it and of the others those whose differences are surest.
+
+    Args:
+        rows: largest first; so are those that come back.
+    """
+    if len(rows) <= limit:
+        return tuple(rows)
+    large, rest = rows[: limit // 2], rows[limit // 2 :]
+    surest = sorted(rest, key=_least_p)[: limit - len(large)]
+    kept = {row.name for row in surest}
+    return (*large, *(row for row in rest if row.name in kept))
+
+
+def _least_p(row: DomainRow) -> float:
+    known = [p for cell in row.cells if not math.isnan(p := p_value(cell.difference))]
+    return min(known, default=1.0)
+
+
+def _dataset_table(name: str, lines: Sequence[Line], order: Sequence[str]) -> DatasetTable:
     runs = [line for line in lines if line["method"] != TRUTH]
     truths = [line for line in lines if line["method"] == TRUTH]
-    truth = {_key(line)[2][1]: _number(line, "wauc") for line in truths}
+    truth = {pair_of(line)[1]: value_of(line, "wauc") for line in truths}
     models = sorted({line["model"] for line in runs})
-    methods = tuple(sorted({line["method"] for line in runs}, key=method_order))
-    scores = {_key(line): _number(line, "wauc") for line in runs}
-    rows = [ModelRow(model, _cells(scores, [model], methods, truth)) for model in models]
-    by_model = {model: _domain_rows(runs, truths, [model], methods) for model in models}
+    present = {line["method"] for line in runs}
+    methods = tuple(method for method in order if method in present)
+    scores = scores_of((line, value_of(line, "wauc")) for line in runs)
+    cells = corrected([cells_of(scores, [model], methods, truth) for model in models])
+    domains = _domains(runs, truths)
     return DatasetTable(
         name=name,
         methods=methods,
         seeds=tuple(sorted({int(line["seed"]) for line in runs})),
-        models=tuple(rows),
-        mean=ModelRow(MEAN, _cells(scores, models, methods, truth)) if len(models) > 1 else None,
-        domains=_domain_rows(runs, truths, models, methods),
-        domains_by_model=by_model,
+        num_domains=max(int(line.get("num_domains") or len(domains)) for line in runs),
+        models=tuple(ModelRow(model, row) for model, row in zip(models, cells, strict=True)),
+        mean=ModelRow(MEAN, cells_of(scores, models, methods, truth)) if len(models) > 1 else None,
+        domains=_domain_rows(domains, models, methods),
+        domains_by_model={model: _domain_rows(domains, [model], methods) for model in models},
         parameters=tuple(row for model in models for row in _parameter_rows(runs, model)),
         curves={model: tuple(_curve(line) for line in runs if line["model"] == model) for model in models},
         truth=spread(truth.values()),
@@ -233,84 +269,61 @@ def _dataset_table(name: str, lines: Sequence[Line]) -> DatasetTable:
     )
 
 
-def _key(line: Line) -> tuple[str, str, Pair]:
-    return line["model"], line["method"], (int(line["seed"]), str(line.get("data_fingerprint", "")))
+@dataclass(frozen=True, slots=True)
+class _Domain:
+    """What lines say of one domain: (run, figures) pairs, and the AUC of its truth."""
+
+    runs: list[tuple[Line, Line]]
+    truth: dict[str, float]
 
 
-def _number(line: Line, key: str) -> float:
-    value = line.get(key)
-    return math.nan if value is None else float(value)
-
-
-def _cells(scores: Scores, models: Sequence[str], methods: Sequence[str], truth: Truth) -> tuple[Cell, ...]:
-    known = {key: score for key, score in scores.items() if not math.isnan(score)}
-    return tuple(_cell(known, models, method, truth) for method in methods)
-
-
-def _cell(scores: Scores, models: Sequence[str], method: str, truth: Truth) -> Cell:
-    present = [model for model in models if _has(scores, model, method)]
-    compared = [model for model in present if method != BASE and _has(scores, model, BASE)]
-    after, before = _means(scores, compared, method), _means(scores, compared, BASE)
-    pairs = [pair for pair in after if pair in before]
-    known = [pair for pair in pairs if not math.isnan(truth.get(pair[1], math.nan))]
-    share = gap_closed([before[p] for p in known], [after[p] for p in known], [truth[p[1]] for p in known])
-    return Cell(
-        method,
-        score=spread(_means(scores, present, method).values()),
-        difference=paired(after[pair] - before[pair] for pair in pairs),
-        gap_closed=share,
-        num_models=len(present),
-    )
-
-
-def _has(scores: Scores, model: str, method: str) -> bool:
-    return any(key[:2] == (model, method) for key in scores)
-
-
-def _means(scores: Scores, models: Sequence[str], method: str) -> dict[Pair, float]:
-    """The mean over the models for each seed (and data) that all of them have, so that no mean mixes model sets."""
-    pairs = sorted({key[2] for key in scores if key[1] == method})
-    whole = [pair for pair in pairs if models and all((model, method, pair) in scores for model in models)]
-    return {pair: math.fsum(scores[model, method, pair] for model in models) / len(models) for pair in whole}
+def _domains(runs: Sequence[Line], truths: Sequence[Line]) -> dict[str, _Domain]:
+    found: dict[str, _Domain] = {}
+    for line in runs:
+        for figures in line.get("domains") or ():
+            found.setdefault(figures["name"], _Domain([], {})).runs.append((line, figures))
+    for line in truths:
+        for figures in line.get("domains") or ():
+            if figures["name"] in found:
+                found[figures["name"]].truth[pair_of(line)[1]] = value_of(figures, "auc")
+    return found
 
 
 def _domain_rows(
-    runs: Sequence[Line], truths: Sequence[Line], models: Sequence[str], methods: Sequence[str]
+    domains: Mapping[str, _Domain], models: Sequence[str], methods: Sequence[str]
 ) -> tuple[DomainRow, ...]:
-    scores: dict[str, dict[tuple[str, str, Pair], float]] = {}
-    truth: dict[str, dict[str, float]] = {}
-    facts: dict[str, list[Line]] = {}
-    for line in runs:
-        for domain in line.get("domains") or ():
-            facts.setdefault(domain["name"], []).append(domain)
-            scores.setdefault(domain["name"], {})[_key(line)] = _number(domain, "auc")
-    for line in truths:
-        for domain in line.get("domains") or ():
-            truth.setdefault(domain["name"], {})[_key(line)[2][1]] = _number(domain, "auc")
-    rows = [_domain_row(name, facts[name], scores[name], models, methods, truth.get(name, {})) for name in facts]
+    """Rows of some models, largest first; each method's differences are corrected over the domains."""
+    kept = {name: [run for run in domain.runs if run[0]["model"] in models] for name, domain in domains.items()}
+    known = [name for name, runs in kept.items() if runs]
+    scores = {name: scores_of((line, value_of(figures, "auc")) for line, figures in kept[name]) for name in known}
+    cells = [cells_of(scores[name], models, methods, domains[name].truth) for name in known]
+    rows = [
+        _domain_row(name, [figures for _, figures in kept[name]], domains[name].truth, row)
+        for name, row in zip(known, corrected(cells), strict=True)
+    ]
     return tuple(sorted(rows, key=lambda row: (-row.rows, row.name)))
 
 
-def _domain_row(
-    name: str, facts: Sequence[Line], scores: Scores, models: Sequence[str], methods: Sequence[str], truth: Truth
-) -> DomainRow:
+def _domain_row(name: str, facts: Sequence[Line], truth: Truth, cells: tuple[Cell, ...]) -> DomainRow:
     statuses = {fact.get("status") or "scored" for fact in facts}
     return DomainRow(
         name,
-        rows=round(spread(_number(fact, "rows") for fact in facts).mean),
-        click_rate=spread(_number(fact, "click_rate") for fact in facts).mean,
+        rows=round(spread(value_of(fact, "rows") for fact in facts).mean),
+        click_rate=spread(value_of(fact, "click_rate") for fact in facts).mean,
         status="scored" if "scored" in statuses else max(statuses),
         truth=spread(truth.values()).mean,
-        cells=_cells(scores, models, methods, truth),
+        cells=cells,
     )
 
 
 def _parameter_rows(runs: Sequence[Line], model: str) -> Iterator[ParameterRow]:
-    methods: dict[tuple[int, ...], list[str]] = {}
+    methods: dict[tuple[int, int, int, int | None], list[str]] = {}
     for line in runs:
         if line["model"] != model or any(line.get(key) is None for key in COUNTS):
             continue
-        same = methods.setdefault(tuple(int(line[key]) for key in COUNTS), [])
+        own = line.get("params_per_domain")
+        total, tables, adapters = (int(line[key]) for key in COUNTS)
+        same = methods.setdefault((total, tables, adapters, None if own is None else int(own)), [])
         if line["method"] not in same:
             same.append(line["method"])
     for counts, names in methods.items():
@@ -318,21 +331,21 @@ def _parameter_rows(runs: Sequence[Line], model: str) -> Iterator[ParameterRow]:
 
 
 def _curve(line: Line) -> Curve:
-    points = [(_number(point, "epoch"), _number(point, "wauc")) for point in line.get("history") or ()]
+    points = [(value_of(point, "epoch"), value_of(point, "wauc")) for point in line.get("history") or ()]
     kept = sorted(point for point in points if not any(map(math.isnan, point)))
     epochs, wauc = zip(*kept, strict=True) if kept else ((), ())
-    return Curve(line["method"], int(line["seed"]), tuple(epochs), tuple(wauc), _number(line, "best_epoch"))
+    return Curve(line["method"], int(line["seed"]), tuple(epochs), tuple(wauc), value_of(line, "best_epoch"))
 
 
 def _cautions(dataset: DatasetTable) -> Iterator[str]:
     runs = [line for line in dataset.runs if line["method"] != TRUTH]
-    expected = len(dataset.models) * len(dataset.methods) * len(dataset.seeds)
+    expected = len({(line["model"], line["method"]) for line in runs}) * len(dataset.seeds)
     if len(runs) < expected:
         yield (
             f"{dataset.name}: {expected - len(runs)} of {expected} runs (models, methods, seeds) are missing. "
             "Means are over the seeds that are there, and over the models that have a method."
         )
-    if len({_key(line)[2] for line in runs}) > len(dataset.seeds):
+    if len({pair_of(line) for line in runs}) > len(dataset.seeds):
         yield f"{dataset.name}: runs of one seed on several versions of the data. Only runs on the same data are paired."
     if BASE not in dataset.methods:
         yield f"{dataset.name}: no runs of the base, so there is nothing to compare with."

@@ -1,0 +1,42 @@
+"""What a model is worth on the validation split while it trains."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from domlora.errors import DataError
+from domlora.evaluation.evaluate import Predictions, predict
+from domlora.evaluation.metrics import log_loss, macro_auc, wauc
+from domlora.training.rows import Rows
+
+__all__ = ["figures_of", "say", "scores_of"]
+
+_BATCH_SIZE = 16384
+
+
+def scores_of(model: nn.Module, data: Rows) -> dict[str, float]:
+    """:func:`figures_of` what a model says about the validation split."""
+    return figures_of(say(model, data))
+
+
+def say(model: nn.Module, data: Rows) -> Predictions:
+    """What a model says about the validation split."""
+    return predict(model, data.batches("valid", _BATCH_SIZE))
+
+
+def figures_of(said: Predictions) -> dict[str, float]:
+    """``wauc``, ``macro_auc`` and ``log_loss``.
+
+    Raises:
+        DataError: no domain has two classes.
+    """
+    scores = {
+        "wauc": wauc(said.label, said.probability, said.domain, said.weight),
+        "macro_auc": macro_auc(said.label, said.probability, said.domain, said.weight),
+        "log_loss": log_loss(said.label, said.probability, said.weight),
+    }
+    if math.isnan(scores["wauc"]):
+        raise DataError("a domain of the validation split must hold both classes", received=scores["wauc"])
+    return scores
