@@ -124,13 +124,13 @@ class PooledTable(EmbeddingTable):
         )
         self.lengths, self.poolings = [f.max_length for f in fields], [f.pooling for f in fields]
         self.has_max, self.has_mean = "max" in self.poolings, "mean" in self.poolings
-        slots = torch.tensor(self.lengths)
+        slots, num_slots = torch.tensor(self.lengths), sum(self.lengths)
         single, largest, mean = (torch.tensor([p == how for p in self.poolings]) for how in (None, "max", "mean"))
         constants = {
-            "offsets": self.offsets.repeat_interleave(slots),  # (S,)
+            "offsets": self.offsets.repeat_interleave(slots, output_size=num_slots),  # (S,)
             "first": slots.cumsum(0) - slots,  # (F,)
-            "counts_padding": single.repeat_interleave(slots),  # (S,)
-            "takes_max": largest.repeat_interleave(slots),  # (S,)
+            "counts_padding": single.repeat_interleave(slots, output_size=num_slots),  # (S,)
+            "takes_max": largest.repeat_interleave(slots, output_size=num_slots),  # (S,)
             "takes_mean": mean,  # (F,)
         }
         for name, value in constants.items():

@@ -11,7 +11,7 @@ from domlora.adapters.attach import AdapterOptions, attach_
 from domlora.adapters.bank import add_domain_
 from domlora.data.synthetic import World
 from domlora.errors import ConfigError
-from domlora.features.schema import Schema
+from domlora.features.schema import Feature, Schema
 from domlora.models.build import MODELS, build_model
 from domlora.studies.parameters import build_on_meta, count_parameters, parameters_per_domain
 
@@ -21,7 +21,8 @@ OPTIONS = {"embedding_dim": 4, "hidden_units": (8,)}
 def schema_of(num_domains: int) -> Schema:
     schema = World(num_domains=num_domains).schema
     first = replace(schema.features[0], num_ids=9)
-    return replace(schema, features=(first, replace(first, name="other"), *schema.features[1:]))
+    past = Feature("past", "sequence", num_ids=9, share=first.name, max_length=3)
+    return replace(schema, features=(first, replace(first, name="other"), past, *schema.features[1:]))
 
 
 @pytest.mark.parametrize("name", MODELS)
