@@ -291,8 +291,8 @@ class Run:
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
     def judge(self, model: nn.Module, epoch: float, loss: float) -> None:
-        scores = figures_of(self.say(model))
-        value = scores[self.options.monitor]
+        scores = self.scores(model)
+        value = scores[self.monitor]
         self.result.history.append({"epoch": epoch, "loss": loss, **scores})
         self.misses += 1
         if value > self.result.best_value:
@@ -300,6 +300,15 @@ class Run:
             self.result.best_value, self.result.best_epoch = value, epoch
             self.remember(model)
         self.show(int(epoch), self.rows_per_epoch, loss, self.result.rows_per_second)
+
+    @property
+    def monitor(self) -> str:
+        """Which of the scores decides."""
+        return self.options.monitor
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """What a validation finds."""
+        return figures_of(self.say(model))
 
     def say(self, model: nn.Module) -> Predictions:
         """What is judged."""
@@ -312,7 +321,7 @@ class Run:
     def show(self, epoch: int, rows: int, loss: float, rows_per_second: float) -> None:
         if self.on_progress is not None:
             history = self.result.history
-            value = history[-1][self.options.monitor] if history else None
+            value = history[-1][self.monitor] if history else None
             total = self.rows_per_epoch
             self.on_progress(Progress(epoch, min(rows, total), total, loss, value, rows_per_second))
 

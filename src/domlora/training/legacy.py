@@ -237,20 +237,17 @@ class _Legacy(Run):
         if self.legacy.rollback:
             self.model.load_state_dict(self.best)
 
-    def judge(self, model: nn.Module, epoch: float, loss: float) -> None:
-        """As any run, with figures by thresholds beside the exact ones; the switches say which decides."""
-        said, monitor = self.say(model), self.options.monitor
+    @property
+    def monitor(self) -> str:
+        """The exact figure, or the one by thresholds."""
+        return f"threshold_{self.options.monitor}" if self.legacy.threshold_auc else self.options.monitor
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """As any run, with figures by thresholds beside the exact ones."""
+        said = self.say(model)
         rough = at_thresholds(said.probability)
-        scores = {
+        return {
             **figures_of(said),
             "threshold_wauc": wauc(said.label, rough, said.domain, said.weight),
             "threshold_macro_auc": macro_auc(said.label, rough, said.domain, said.weight),
         }
-        value = scores[f"threshold_{monitor}" if self.legacy.threshold_auc else monitor]
-        self.result.history.append({"epoch": epoch, "loss": loss, **scores})
-        self.misses += 1
-        if value > self.result.best_value:
-            self.misses = 0
-            self.result.best_value, self.result.best_epoch = value, epoch
-            self.remember(model)
-        self.show(int(epoch), self.rows_per_epoch, loss, self.result.rows_per_second)
