@@ -162,7 +162,12 @@ def pretrain(
     data: Data,
     out: Out,
     config: ConfigFile = None,
-    method: Annotated[str, typer.Option(help="`base`, or `joint` to train adapters along with the backbone.")] = "base",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`base`; `joint` trains adapters along with the backbone; `separate`, `dn`, `mamdr`: see docs/methods.md."
+        ),
+    ] = "base",
     settings: Settings = None,
     threads: Threads = 1,
     overwrite: Overwrite = False,
@@ -196,7 +201,13 @@ def adapt(
     bundle: Annotated[Path, typer.Option("--bundle", help="Bundle of a trained base.")],
     out: Out,
     config: ConfigFile = None,
-    method: Annotated[str, typer.Option(help="`two_stage`, or `bias_only` as a control.")] = "two_stage",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`two_stage`; `auto` keeps an adapter only where it is better; `bias_only`, `finetune`, `dr`, `moe_mlora`: "
+            "see docs/methods.md."
+        ),
+    ] = "two_stage",
     settings: Settings = None,
     threads: Threads = 1,
     overwrite: Overwrite = False,

@@ -70,12 +70,18 @@ def train(method: str, job: Job) -> Trained:
     """Train by a method.
 
     Raises:
-        ConfigError: no such method, or it starts from a base and none is given.
+        ConfigError: no such method, or it starts from a base and none is given, or the other way round.
     """
     if method not in METHODS:
         raise ConfigError("no method has this name", received=method, next_step=nearest(method, METHODS))
-    if METHODS[method].from_base and job.base is None:
-        raise ConfigError(f"method {method!r} starts from a trained base", received=None)
+    from_base, given = METHODS[method].from_base, job.base is not None
+    if from_base != given:
+        start, verb = ("a trained base", "adapt --bundle BASE") if from_base else ("nothing", "pretrain")
+        raise ConfigError(
+            f"method {method!r} starts from {start}",
+            received="a base" if given else "no base",
+            next_step=f"Train with: domlora {verb} --method {method}",
+        )
     return METHODS[method].run(job)
 
 

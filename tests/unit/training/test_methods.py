@@ -162,3 +162,9 @@ def test_an_unknown_method(data: Dataset) -> None:
 def test_a_second_stage_wants_a_base(data: Dataset, method: str) -> None:
     with pytest.raises(ConfigError, match="starts from a trained base"):
         train(method, Job(data, MODEL, recipe()))
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.from_base])
+def test_a_first_stage_wants_none(data: Dataset, method: str) -> None:
+    with pytest.raises(ConfigError, match="starts from nothing"):
+        train(method, Job(data, MODEL, recipe(), base_of(data)))
