@@ -7,9 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from domlora.evaluation.rows import Floats, Ints, read_rows
+from domlora.evaluation.rows import Floats, Ints, compact, read_rows
 
-__all__ = ["Differences", "auc_differences"]
+__all__ = ["Difference", "Differences", "auc_differences", "wauc_difference"]
+
+
+class Difference(NamedTuple):
+    """One figure less another, and the standard error of that."""
+
+    value: float
+    standard_error: float
 
 
 class Differences(NamedTuple):
@@ -49,6 +56,26 @@ def auc_differences(
         if min(len(positive), len(negative)) > 1:
             error[number] = np.sqrt(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
     return Differences(value, error)
+
+
+def wauc_difference(label: ArrayLike, probability: ArrayLike, other: ArrayLike, domain: ArrayLike) -> Difference:
+    """WAUC of ``probability`` minus WAUC of ``other``, with the standard error of a paired comparison.
+
+    Domains are independent samples: the variance is the sum of theirs, each by the square of its share of the rows. Domains
+    of one class are left out, as in :func:`domlora.evaluation.metrics.wauc`; one whose error is unknown counts as without.
+
+    >>> one, other = [0.1, 0.2, 0.9, 0.8, 0.7], [0.2, 0.1, 0.9, 0.8, 0.7]
+    >>> found = wauc_difference([0, 1, 0, 1, 1], one, other, domain=[0, 0, 1, 1, 1])
+    >>> found.value, found.standard_error
+    (0.4, 0.0)
+    """
+    group, num_groups = compact(domain)
+    found = auc_differences(label, probability, other, group, num_groups)
+    scored = ~np.isnan(found.value)
+    rows = np.bincount(group, minlength=num_groups)[scored]
+    share = rows / rows.sum()
+    variance = np.nan_to_num(found.standard_error[scored]) ** 2
+    return Difference(float(share @ found.value[scored]), float(np.sqrt(share**2 @ variance)))
 
 
 def _shares(score: NDArray[np.floating[Any]], rows: Ints, others: Ints) -> Floats:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from domlora.errors import ConfigError, nearest
+from domlora.training.choice import joint_or_base
 from domlora.training.each_domain import adapt_each
 from domlora.training.fit import Fit, OnProgress, Rows
 from domlora.training.legacy import fit_legacy
@@ -125,6 +126,12 @@ def _auto(job: Job) -> Trained:
     return Trained(job.base, dict(job.model_options), found)
 
 
+def _choose(job: Job) -> Trained:
+    assert job.base is not None
+    model, found = joint_or_base(job.base, job.data, job.model_options, job.recipe, **_watched(job))
+    return Trained(model, dict(job.model_options), found)
+
+
 def _separate(job: Job) -> Trained:
     return Trained(*separate(job.data, job.model_options, job.recipe.separate, **_watched(job)))
 
@@ -179,6 +186,12 @@ METHODS: dict[str, Method] = {
         "as two_stage, but each domain stops by itself and uses its adapter only where validation says so",
         _auto,
         ("pretrain", "adapt", "adapter", "auto"),
+        from_base=True,
+    ),
+    "joint_or_base": Method(
+        "joint where it is better on validation by more than chance, otherwise the base",
+        _choose,
+        ("pretrain", "joint", "adapter", "auto"),
         from_base=True,
     ),
     "separate": Method("one model for each domain, each on its own rows alone", _separate, ("separate",)),

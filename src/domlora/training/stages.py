@@ -113,11 +113,12 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """When ``auto`` uses a domain's adapter, see :mod:`domlora.training.each_domain`; it trains as ``adapt`` says.
+    """When ``auto`` uses a domain's adapter (:mod:`domlora.training.each_domain`; it trains as ``adapt`` says), and
+    ``joint_or_base`` the joint model (:mod:`domlora.training.choice`).
 
     Args:
-        min_gain: how many standard errors of the difference (DeLong, on the domain's validation rows) an adapter must be
-            above the base; 0 takes any gain, 1 about one in six that are noise, 2 one in forty.
+        min_gain: how many standard errors of the paired difference (DeLong, on the validation rows) they must be above the
+            base; 0 takes any gain, 1 about one in six that are noise, 2 one in forty.
     """
 
     min_gain: float = 1.0

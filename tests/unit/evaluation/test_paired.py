@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domlora.evaluation.metrics import auc_by_group
-from domlora.evaluation.paired import auc_differences
+from domlora.evaluation.metrics import auc_by_group, wauc
+from domlora.evaluation.paired import auc_differences, wauc_difference
 
 
 def by_hand(label, one, two):
@@ -59,3 +59,15 @@ def test_its_error_is_that_of_samples():
         found.append(auc_differences(label, one, two, np.zeros(400, int)))
     spread = np.std([one.value[0] for one in found])
     assert np.mean([one.standard_error[0] for one in found]) == pytest.approx(spread, rel=0.15)
+
+
+def test_wauc_is_the_domains_by_their_rows():
+    draw = np.random.default_rng(2)
+    domain = draw.choice([3, 7, 9, -1], 800, p=[0.6, 0.2, 0.15, 0.05])
+    label = np.where(domain == 9, 1, draw.integers(0, 2, 800))  # a domain of one class
+    one, two = draw.random((2, 800))
+    found = wauc_difference(label, one, two, domain)
+    assert found.value == pytest.approx(wauc(label, one, domain) - wauc(label, two, domain))
+    apart = auc_differences(label, one, two, np.searchsorted([-1, 3, 7, 9], domain))
+    rows = np.bincount(np.searchsorted([-1, 3, 7], domain[domain != 9]))
+    assert found.standard_error == pytest.approx(np.sqrt(rows**2 @ apart.standard_error[:3] ** 2) / rows.sum())
