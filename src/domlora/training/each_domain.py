@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def adapt_each(
     data: Rows,
     recipe: Recipe,
     *,
+    stepped: Callable[[nn.Module], nn.Module] | None = None,
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Fit:
@@ -45,6 +47,8 @@ def adapt_each(
     Args:
         model: a model without adapters; changed in place.
         recipe: its ``adapter``, ``adapt`` and ``auto``.
+        stepped: makes of the adapted and frozen model what the steps run, if not the model itself; its rows, too, must be
+            independent of each other, and its adapters the model's.
 
     Raises:
         ConfigError: ``recipe.adapt.moving`` is not empty: domains would not be independent.
@@ -55,7 +59,8 @@ def adapt_each(
     torch.manual_seed(stage.fit.seed)
     attach_(model, data.schema.num_domains, **asdict(recipe.adapter))
     freeze_(model)
-    run = _EachDomain(model, data, stage.fit, stage.optimizer, on_progress, checkpoint)
+    moved = None if stepped is None else stepped(model)
+    run = _EachDomain(model, data, stage.fit, stage.optimizer, on_progress, checkpoint, stepped=moved)
     run.min_gain = recipe.auto.min_gain
     return run.go(start_is_candidate=True)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from domlora.errors import ConfigError, nearest
 from domlora.training.choice import joint_or_base
+from domlora.training.crossfit import crossfit
 from domlora.training.each_domain import adapt_each
 from domlora.training.fit import Fit, OnProgress, Rows
 from domlora.training.legacy import fit_legacy
@@ -132,6 +133,12 @@ def _choose(job: Job) -> Trained:
     return Trained(model, dict(job.model_options), found)
 
 
+def _crossfit(job: Job) -> Trained:
+    assert job.base is not None
+    found = crossfit(job.base, job.data, job.model_options, job.recipe, **_watched(job))
+    return Trained(job.base, dict(job.model_options), found)
+
+
 def _separate(job: Job) -> Trained:
     return Trained(*separate(job.data, job.model_options, job.recipe.separate, **_watched(job)))
 
@@ -192,6 +199,12 @@ METHODS: dict[str, Method] = {
         "joint where it is better on validation by more than chance, otherwise the base",
         _choose,
         ("pretrain", "joint", "adapter", "auto"),
+        from_base=True,
+    ),
+    "crossfit": Method(
+        "as auto, but adapters learn from rows scored with embeddings that never saw their labels",
+        _crossfit,
+        ("pretrain", "crossfit", "adapt", "adapter", "auto"),
         from_base=True,
     ),
     "separate": Method("one model for each domain, each on its own rows alone", _separate, ("separate",)),

@@ -30,6 +30,7 @@ __all__ = [
     "FIRST_STAGES",
     "SECOND_STAGES",
     "Auto",
+    "CrossFit",
     "Mixture",
     "Negotiation",
     "Recipe",
@@ -129,6 +130,23 @@ class Auto:
 
 
 @dataclass(frozen=True, slots=True)
+class CrossFit:
+    """How ``crossfit`` cuts the rows and trains the tables of each fold, see :mod:`domlora.training.crossfit`.
+
+    Args:
+        folds: how many, from 2 to 2**20. Each takes about as long as a base, and learns from ``1 - 1 / folds`` of the rows.
+        tables: how tables train; give it what ``pretrain`` has, whose tables they stand for. ``moving`` is not read.
+    """
+
+    folds: int = 3
+    tables: Stage = field(default_factory=Stage)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.folds <= 1 << 20:
+            raise ConfigError(f"folds must be from 2 to {1 << 20}", received=self.folds)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How a model is trained: where adapters go, and one stage for each way of training."""
 
@@ -137,6 +155,7 @@ class Recipe:
     joint: Stage = field(default_factory=Stage)
     adapt: Stage = field(default_factory=Stage)
     auto: Auto = field(default_factory=Auto)
+    crossfit: CrossFit = field(default_factory=CrossFit)
     separate: Stage = field(default_factory=Stage)
     finetune: Stage = field(default_factory=Stage)
     negotiation: Negotiation = field(default_factory=Negotiation)

@@ -50,6 +50,7 @@ TABLE: dict[str, Any] = {
     "pretrain": STAGE,
     "joint": STAGE,
     "adapt": STAGE,
+    "crossfit": {"tables": STAGE},
     "separate": STAGE,
     "finetune": STAGE,
     "negotiation": TURNS,
