@@ -192,7 +192,7 @@ def test_the_pruner_is_told_the_validations_of_one_fit_or_of_none(study: Any, tm
         assert len(told) == len(made.fit.history)
         assert max(told) == pytest.approx(made.fit.best_value, abs=0.02)  # the legacy loop tells a coarser AUC
     else:
-        assert method in ("separate", "finetune", "moe_mlora")
+        assert method in ("separate", "finetune", "moe_mlora", "crossfit")
 
 
 def test_more_trials_go_on_from_those_that_are_there(study: Any, tmp_path: Path) -> None:
