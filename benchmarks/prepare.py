@@ -9,8 +9,9 @@ Amazon-6 is made: six domains, 445,789 users, 172,653 items, 4.3 million clicks;
   items without the user's own as a set difference, and a random sample of what is left; for the split the negatives of each
   user are shuffled and cut in three, parts rounded up, while clicks are cut once a domain. It is timed on some users of each
   domain (``--users``, evenly taken from all, with all of the domain's items to draw from) and scaled by the row.
-* ``ours``: ``domlora.data.preparing.negatives.sampled`` on DuckDB for the whole log with the rule ``paper``, then
-  ``domlora.data.preparing.split.with_split``. Both end in Parquet files.
+* ``ours``: ``domlora.data.preparing.negatives.sampled`` on DuckDB for the whole log with the rule ``paper``, all columns;
+  or that and ``domlora.data.preparing.split.with_split`` of clicks and non-clicks, the columns that preparing goes on with.
+  Each ends in Parquet files.
 
 Arms take turns within one process. The loop starts from frames in memory, ours from a Parquet file that has each row's hash,
 as preparing has at that point. The loop has one core (the authors run one process for each domain), ours all that the
@@ -145,11 +146,13 @@ def stored_log(engine: Engine, logs: dict[str, pd.DataFrame]) -> Any:
 def ours(engine: Engine, clicks: Any, domains: list[str], split: bool) -> float:
     """Seconds a row."""
     started = time.perf_counter()
-    rows = engine.stored(sampled(engine, clicks, PLAN, domains, item="item"))
+    clicks = clicks.mutate(**{ORDER_COLUMN: engine.integer(clicks["__hash"])})
+    rows = sampled(engine, clicks, PLAN, domains, item="item")
     if split:
-        rows = clicks.union(rows)
-        rows = engine.stored(rows.mutate(**{ORDER_COLUMN: engine.integer(rows["__hash"])}))
-        rows = with_split(engine, rows, SPLIT)[0]
+        columns = ["user", "item", "__domain", "__label", ORDER_COLUMN]  # what preparing goes on with
+        rows = with_split(engine, clicks.union(rows).select(*columns), SPLIT)[0]
+    else:
+        rows = engine.stored(rows)
     return (time.perf_counter() - started) / size(rows)
 
 

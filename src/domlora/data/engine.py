@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,12 +22,22 @@ __all__ = ["HASH_BITS", "Engine", "EngineName", "open_engine"]
 
 EngineName = Literal["duckdb", "spark"]
 _BATCH_ROWS = 1 << 17
+# what is soon thrown away: quick to write; a column of more values than that is looked through for a dictionary in vain
+_WRITING = {"compression": "uncompressed", "parquet_version": "v2", "dictionary_size_limit": 4096}
 HASH_BITS = 60
 """Of md5, as a number: 15 hexadecimal digits, which fit a signed integer."""
 
 
 @ibis.udf.scalar.builtin(name="conv", signature=(("string", "int32", "int32"), "string"))
 def _in_base(digits: Any, base: int, other: int) -> str: ...  # type: ignore[empty-body]
+
+
+@ibis.udf.scalar.builtin(name="printf", signature=(("string", "int64"), "string"))
+def _printed(form: str, number: Any) -> str: ...  # type: ignore[empty-body]
+
+
+@ibis.udf.scalar.builtin(name="format_string", signature=(("string", "int64"), "string"))
+def _formatted(form: str, number: Any) -> str: ...  # type: ignore[empty-body]
 
 
 class Engine:
@@ -60,8 +70,16 @@ class Engine:
         self._stored[table.get_name()] = paths
         return table
 
+    def kept(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Any:
+        """Rows that are made here, a piece at a time, as a table."""
+        path = self.work / f"{ibis.util.gen_name('rows')}.parquet"
+        with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as file:
+            for batch in batches:
+                file.write_batch(batch)
+        return self.read([path])
+
     def batches(self, rows: Any) -> Iterator[pa.RecordBatch]:
-        """The rows a piece at a time, in no order."""
+        """The rows a piece at a time, in the order that ``order_by`` gave them, else in none."""
         operation = rows.op()
         known = self._stored.get(operation.name) if isinstance(operation, DatabaseTable) else None
         for path in known or self._written(rows):
@@ -70,7 +88,7 @@ class Engine:
 
     def _written(self, rows: Any) -> list[Path]:
         path = self.work / f"{ibis.util.gen_name('rows')}.parquet"
-        self.connection.to_parquet(rows, path)
+        self.connection.to_parquet(rows, path, **_WRITING if self.name == "duckdb" else {})
         return [path] if path.is_file() else sorted(path.glob("*.parquet"))
 
     def number(self, text: Any) -> Any:
@@ -83,6 +101,11 @@ class Engine:
         if self.name == "spark":
             return _in_base(digits, 16, 10).cast("int64")
         return (ibis.literal("0x") + digits).cast("int64")
+
+    def digits(self, number: Any) -> Any:
+        """The hexadecimal text of such an integer."""
+        form = f"%0{HASH_BITS // 4}x"
+        return _formatted(form, number) if self.name == "spark" else _printed(form, number)
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,30 @@ def test_hashes_are_the_first_60_bits_of_md5(name: str, tmp_path: Path) -> None:
         expected = None if row["text"] is None else int(hashlib.md5(row["text"].encode()).hexdigest()[:15], 16)
         assert row["number"] == expected
     assert len(found) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["duckdb", pytest.param("spark", marks=pytest.mark.spark)])
+def test_a_number_has_15_digits(name: str) -> None:
+    numbers = [0, 1, 255, 2**59 + 10, 2**60 - 1]
+    table = pa.table({"number": numbers})
+    with open_engine(name) as engine:
+        rows = engine.kept(table.to_batches(), table.schema)
+        rows = rows.mutate(text=engine.digits(rows.number))
+        found = rows_of(engine, rows.mutate(again=engine.integer(rows.text)))
+    assert [row["number"] for row in found] == [row["again"] for row in found]
+    assert {row["number"]: row["text"] for row in found} == {n: f"{n:015x}" for n in numbers}
+
+
+@pytest.mark.parametrize("name", ["duckdb", pytest.param("spark", marks=pytest.mark.spark)])
+def test_what_is_made_here_is_a_table_and_sorted_rows_come_in_order(name: str) -> None:
+    schema = pa.schema([("group", pa.int64()), ("place", pa.int64())])
+    draw = np.random.default_rng(0)
+    pieces = ([draw.integers(1000, size=n), draw.integers(1 << 60, size=n)] for n in (100_000, 0, 250_000))
+    with open_engine(name) as engine:
+        rows = engine.kept((pa.RecordBatch.from_arrays(list(map(pa.array, p)), schema=schema) for p in pieces), schema)
+        found = pa.Table.from_batches(list(engine.batches(rows.order_by("group", "place"))))
+    assert found.num_rows == 350_000
+    assert found.equals(found.sort_by([("group", "ascending"), ("place", "ascending")]))
 
 
 @pytest.mark.parametrize("name", ["duckdb", pytest.param("spark", marks=pytest.mark.spark)])

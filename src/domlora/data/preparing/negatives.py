@@ -1,33 +1,31 @@
 """Non-clicks for logs of clicks: items of the domain that a user did not click; the same rows on every engine.
 
-A draw is a hash of a text, so it hangs on seed, domain, user and the number of the draw alone: not on the order of rows, on
-other domains or on how many draws are made at once. A user's non-clicks are the first distinct items among its draws that it
-did not click, which is what drawing without replacement means.
+A draw hangs on seed, domain, user and the number of the draw alone: not on the order of rows, on other domains or on how
+many draws are made at once. A user's non-clicks are the first distinct items among its draws that it did not click, which is
+what drawing without replacement means.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import ibis
+import numpy as np
 import pyarrow as pa
 
-from domlora.data.engine import HASH_BITS, Engine
+from domlora.data.engine import Engine
 from domlora.data.expressions import cells, in_order, join, size
 from domlora.data.plan import Negatives
+from domlora.data.preparing.draws import DRAWN, KEY, NUMBER_SHIFT, Pools, Wanted, drawn
+from domlora.data.preparing.shuffle import ORDER_COLUMN
 from domlora.errors import ConfigError, DataError, nearest
 
 __all__ = ["click_shares", "sampled"]
 
 _SEPARATOR = "\x1f"
-_DRAW, _RANK, _NEGATIVE = (f"{_SEPARATOR}{kind}{_SEPARATOR}" for kind in ("draw", "rank", "negative"))
-_MARGIN = 16  # one draw more for each so many that are wanted
-_GROWTH = 4  # times as many draws in each further round
-_DOMAIN_SHIFT = 32
+_OWN = {"__label", "__hash", ORDER_COLUMN}  # what a non-click does not have of its click
 
 
 def sampled(
@@ -42,24 +40,25 @@ def sampled(
     r"""The non-clicks that a log of clicks lacks.
 
     How many are wanted of each user in each domain: see :class:`domlora.data.plan.Negatives`; ``clicks * ratio`` is rounded
-    to the nearest, halves up. Which: let ``md5(a, b, ...)`` be that of the texts joined by ``\x1f``, and a number 15 of its
-    hexadecimal digits.
+    to the nearest, halves up. Which: let ``mixed(n)`` be the output ``n`` of a SplitMix64 that starts at the first 15
+    hexadecimal digits of md5 of seed, domain's name and user joined by ``\x1f``.
 
-    * Draw ``2 i`` is the first number of ``md5(seed, domain's name, user, "draw", i)``, draw ``2 i + 1`` the second, modulo
-      the number of the domain's items, which stand in the order of their texts. With ``popularity`` its clicks stand there.
-    * Draws are made in rounds: ``wanted + wanted // 16 + 1`` (made even), then 4 times as many each, until there is enough.
+    * Draw ``n`` is ``mixed(n)`` modulo the number of the domain's items, which stand in the order of their texts. With
+      ``popularity`` its clicks stand there.
+    * Draws are made in rounds: ``wanted + wanted // 16 + 1``, then 4 times as many each, until there is enough.
     * Who wants and clicked more than half of a domain's items, or would draw as often as there are items, takes, after what
-      it has drawn, the others by the first number of ``md5(seed, domain's name, user, "rank", item)``; with ``popularity``
-      by ``-ln((number + 0.5) / 2**60) / clicks of the item``, a race whose outcome is distributed as further draws are.
-      (Engines may differ in the last bit of a logarithm, so in rows only where two of these agree in 15 digits.)
+      it has drawn, the others by ``mixed(2**40 + the item's number)``; with ``popularity`` by
+      ``-ln((mixed // 16 + 0.5) / 2**60) / clicks of the item``, a race whose outcome is distributed as further draws are.
 
-    The non-click number ``i`` of a user in a domain belongs to its click ``i % clicks`` there, clicks in the order of
-    ``__hash``. It has all columns of that row, so also its time and its split. But the columns of the item come from the
-    item's first row in the domain in that order, and ``__hash`` is ``md5(seed, domain's name, user, "negative", item)``.
+    The non-click number ``i`` of a user in a domain belongs to its click ``i % clicks`` there, clicks in the order of the
+    first 15 digits of ``__hash``, then of their other columns. It has all columns of that row, so also its time and its
+    split. But the columns of the item come from the item's first row in the domain in that order, ``__order`` is
+    ``mixed(2**41 + i) // 16``, and ``__hash`` its 15 digits.
 
     Args:
         engine: where the rows are.
-        clicks: with ``__hash``, ``__domain``, ``__user_text``, ``__item_text``, ``__label`` and, after a split, ``__split``.
+        clicks: with ``__hash`` or ``__order``, the number of its first 15 digits, or both; ``__domain``, ``__user_text``,
+            ``__item_text``, ``__label`` and, after a split, ``__split``.
         plan: how many, of which.
         domains: names by number.
         item_columns: those that describe the item.
@@ -77,14 +76,21 @@ def sampled(
         processes, and negatives are split apart from clicks, user by user with each part rounded up, so that the share of
         clicks differs between splits; here a non-click follows its click.
     """
-    log = _Log(engine, clicks, plan, domains)
-    if not size(log.users):
+    wanted = _wanted(plan, domains)
+    items = engine.stored(_items(clicks))
+    rows = _told_apart(engine, engine.stored(_numbered_clicks(engine, clicks, items, plan, domains)), clicks.columns)
+    columns = [*KEY, "__item", "__avoided", "__key"]
+    ordered = engine.batches(rows.select(*columns).order_by(*KEY))
+    added = engine.kept(drawn(ordered, _pools(items, plan, len(domains)), wanted), DRAWN)
+    if not size(added):
         raise DataError(
             "no non-click can be sampled",
             received=plan,
             next_step="Each user must leave an item of its domain unclicked, and the ratio must ask for one",
         )
-    return _rows(engine, log, _drawn(engine, log, plan), [item, *item_columns])
+    of_item = list(dict.fromkeys(["__item_text", item, *item_columns]))
+    described = engine.stored(_first_of_items(rows, clicks.columns).select("__item", *of_item))
+    return _rows(engine, rows.drop(*of_item, "__item"), added, described, clicks.schema())
 
 
 def click_shares(plan: Negatives, domains: Sequence[str]) -> tuple[float, ...]:
@@ -105,170 +111,82 @@ def click_shares(plan: Negatives, domains: Sequence[str]) -> tuple[float, ...]:
     return tuple(plan.ratios.get(name, share) for name, share in zip(domains, drawn, strict=True))
 
 
-def _wanted(plan: Negatives, domains: Sequence[str], sizes: pa.Table) -> pa.Array:
-    """Non-clicks for users with so many clicks in a domain; in Python, so that no engine rounds by itself."""
+def _wanted(plan: Negatives, domains: Sequence[str]) -> Wanted:
     known = set(domains)
     for name in plan.ratios:
         if name not in known:
             raise ConfigError("negatives.ratios must name domains", received=name, next_step=nearest(name, domains))
-    pairs = [(cell["__clicks"], cell["__domain"]) for cell in sizes.to_pylist()]
     if plan.rule == "paper":
-        shares = click_shares(plan, domains)
-        return pa.array([math.floor(clicks / shares[domain]) for clicks, domain in pairs], pa.int64())
-    ratios = [plan.ratios.get(name, plan.ratio) for name in domains]
-    return pa.array([math.floor(clicks * ratios[domain] + 0.5) for clicks, domain in pairs], pa.int64())
+        shares = np.array(click_shares(plan, domains))
+        return lambda domain, clicks: np.floor(clicks / shares[domain])
+    ratios = np.array([plan.ratios.get(name, plan.ratio) for name in domains])
+    return lambda domain, clicks: np.floor(clicks * ratios[domain] + 0.5)
 
 
-class _Log:
-    """Clicks with numbers in place of texts; each table is computed once.
+def _items(clicks: Any) -> Any:
+    """``__item``: the number of each ``__domain`` and ``__item_text``; and its ``__popularity``."""
+    items = clicks.group_by("__domain", "__item_text").agg(__popularity=clicks.count())
+    return _numbered(items, "__item", "__item_text")
 
-    Numbers of users and items hold the domain in their high bits, so a user of two domains has two.
 
-    * ``users``: those who get something, ``__user`` with its ``__clicks``, ``__wanted`` and what draws need
-    * ``items``: ``__item`` with its ``__popularity``
-    * ``rows``: the clicks with both numbers and ``__turn``, the click's number among the user's
-    * ``own``: pairs that must not be drawn
-    * ``slots``: what draws point to, where those are not items
-    """
+def _numbered_clicks(engine: Engine, clicks: Any, items: Any, plan: Negatives, domains: Sequence[str]) -> Any:
+    """Clicks with numbers in place of texts, and ``__place`` of their hashes."""
+    users = clicks.select("__domain", "__user_text").distinct()
+    starts = [f"{plan.seed}{_SEPARATOR}{name}{_SEPARATOR}" for name in domains]
+    numbers = pa.array(range(len(domains)), pa.int32())
+    started = join(users, ibis.memtable(pa.table({"__domain": numbers, "__start": starts})), ["__domain"])
+    key = engine.number(started["__start"] + started["__user_text"])
+    users = _numbered(started.mutate(__key=key).drop("__start"), "__user", "__user_text")
+    rows = join(clicks, users, ["__domain", "__user_text"])
+    rows = join(rows, items.drop("__popularity"), ["__domain", "__item_text"])
+    seen = plan.exclude == "train" and "__split" in rows.columns
+    avoided = rows["__split"] == 0 if seen else ibis.literal(True)
+    place = rows[ORDER_COLUMN] if ORDER_COLUMN in rows.columns else engine.integer(rows["__hash"])
+    return rows.mutate(__place=place, __avoided=avoided).drop(*_OWN.intersection(rows.columns))
 
-    def __init__(self, engine: Engine, clicks: Any, plan: Negatives, domains: Sequence[str]) -> None:
-        self.columns = clicks.columns
-        users = clicks.group_by("__domain", "__user_text").agg(__clicks=clicks.count())
-        users = engine.stored(_numbered(users, "__user", "__user_text"))
-        items = clicks.group_by("__domain", "__item_text")
-        items = items.agg(__popularity=clicks.count(), __first=clicks["__hash"].min())
-        self.items = engine.stored(_numbered(items, "__item", "__item_text"))
-        rows = join(clicks, users.drop("__clicks"), ["__domain", "__user_text"])
-        rows = join(rows, self.items.drop("__popularity"), ["__domain", "__item_text"])
-        turn = ibis.row_number().over(group_by="__user", order_by=in_order(rows, "__hash", among=self.columns))
-        self.rows = engine.stored(rows.mutate(__turn=turn))
-        avoided = self.rows
-        if plan.exclude == "train" and "__split" in avoided.columns:
-            avoided = avoided.filter(avoided["__split"] == 0)
-        self.own = engine.stored(avoided.select("__user", "__item").distinct())
-        self.slots = None
-        if plan.rule == "popularity":
-            self.slots = engine.stored(_numbered(self.rows.select("__domain", "__item"), "__slot", "__item"))
-        self.users = engine.stored(self._needs(users, plan, domains))
 
-    def _needs(self, users: Any, plan: Negatives, domains: Sequence[str]) -> Any:
-        sizes = cells(users, ["__domain", "__clicks"]).select(["__domain", "__clicks"])
-        told = sizes.append_column("__wanted", _wanted(plan, domains, sizes))
-        number = told.column("__domain").to_pylist()
-        starts = [f"{plan.seed}{_SEPARATOR}{domains[n]}{_SEPARATOR}" for n in number]
-        told = told.append_column("__start", pa.array(starts, pa.string()))
-        for name, table in (("__items", self.items), ("__slots", self.items if self.slots is None else self.slots)):
-            many = {cell["__domain"]: cell["__size"] for cell in cells(table, ["__domain"]).to_pylist()}
-            told = told.append_column(name, pa.array([many[n] for n in number], pa.int64()))
-        users = join(users, ibis.memtable(told), ["__domain", "__clicks"])
-        users = join(users, self.own.group_by("__user").agg(__own=self.own.count()), ["__user"])
-        own = users["__own"].fill_null(0)
-        wanted = ibis.least(users["__wanted"], users["__items"] - own)
-        users = users.mutate(__wanted=wanted, __own=own, __key=users["__start"] + users["__user_text"])
-        return users.filter(users["__wanted"] > 0).drop("__start", "__user_text")
+def _told_apart(engine: Engine, rows: Any, columns: Sequence[str]) -> Any:
+    """Clicks with ``__tie``: 0, or 0, 1, 2 and so on for a user's clicks of one hash, by their other columns."""
+    if size(rows.select("__user", "__place").distinct()) == size(rows):
+        return rows.mutate(__tie=ibis.literal(0, "int64"))
+    rest = in_order(rows, among=[name for name in columns if name in rows.columns])
+    tie = ibis.row_number().over(group_by=["__user", "__place"], order_by=rest)
+    return engine.stored(rows.mutate(__tie=tie))
 
 
 def _numbered(rows: Any, name: str, order: str) -> Any:
-    """Rows with their number in the domain in the order of a column; rows that are equal in it are alike."""
+    """Rows with their number in the domain in the order of a column, and the domain above it."""
     number = ibis.row_number().over(group_by="__domain", order_by=order)
-    return rows.mutate(**{name: number + _offset(rows)})
+    return rows.mutate(**{name: number + rows["__domain"].cast("int64") * 2**NUMBER_SHIFT})
 
 
-def _offset(rows: Any) -> Any:
-    return rows["__domain"].cast("int64") * 2**_DOMAIN_SHIFT
+def _pools(items: Any, plan: Negatives, domains: int) -> Pools:
+    sizes = np.zeros(domains, np.int64)
+    for cell in cells(items, ["__domain"]).to_pylist():
+        sizes[cell["__domain"]] = cell["__size"]
+    if plan.rule != "popularity":
+        return Pools(sizes)
+    clicks = items.select("__item", "__popularity").order_by("__item").to_pyarrow()
+    return Pools(sizes, np.asarray(clicks.column("__popularity"), np.int64))
 
 
-def _drawn(engine: Engine, log: _Log, plan: Negatives) -> Any:
-    """``__user``, ``__item`` and ``__rank``: the items of each user, in the order in which they came."""
-    wanted, items = log.users["__wanted"], log.users["__items"]
-    large = 2 * (wanted + log.users["__own"]) > items
-    users = log.users.mutate(__draws=ibis.ifelse(large, items, wanted + wanted // _MARGIN + 1))
-    parts, last = [], [users.filter(users["__draws"] >= items)]
-    users = users.filter(users["__draws"] < items)
-    while True:
-        found = engine.stored(_round(engine, log, users))
-        short = engine.stored(_short(users, found))
-        last.append(short.filter(short["__draws"] >= short["__items"]))
-        users = short.filter(short["__draws"] < short["__items"])
-        parts.append(found.anti_join(users, "__user"))  # these draw all of it again, and more
-        if not size(users):
-            break
-    ranking, drawn = engine.stored(reduce(_union, last)), reduce(_union, parts)
-    if size(ranking):
-        before = engine.stored(drawn.semi_join(ranking, "__user"))
-        drawn = drawn.union(_remaining(engine, log, ranking, before, plan))
-    return drawn
-
-
-def _round(engine: Engine, log: _Log, users: Any) -> Any:
-    """The first ``__wanted`` distinct items, that a user did not click, of ``__draws`` draws; fewer if there are no more."""
-    draws = users.select(
-        "__user",
-        "__wanted",
-        "__slots",
-        __offset=_offset(users),
-        __key=users["__key"] + _DRAW,
-        __digests=(users["__draws"] + 1) // 2,
-    )
-    draws = draws.mutate(__number=ibis.range(0, draws["__digests"]).unnest())
-    draws = draws.mutate(__digest=(draws["__key"] + draws["__number"].cast("string")).hexdigest("md5"))
-    draws = draws.mutate(__half=ibis.range(0, 2).unnest())
-    number = engine.integer(draws["__digest"].substr(draws["__half"] * (HASH_BITS // 4)))  # a digest holds two
-    slot = number % draws["__slots"] + draws["__offset"]
-    draws = draws.select("__user", "__wanted", __draw=draws["__number"] * 2 + draws["__half"], __item=slot)
-    if log.slots is not None:
-        draws = draws.rename(__slot="__item").join(log.slots.drop("__domain"), "__slot")
-    draws = draws.anti_join(log.own, ["__user", "__item"])
-    first = draws.group_by("__user", "__item").agg(__draw=draws["__draw"].min(), __wanted=draws["__wanted"].max())
-    return _best(first, ["__draw"], ibis.literal(0, "int64"))
-
-
-def _short(users: Any, found: Any) -> Any:
-    """Users for whom a round found too little, with the number of draws of the next."""
-    users = join(users, found.group_by("__user").agg(__found=found.count()), ["__user"])
-    users = users.filter(users["__found"].fill_null(0) < users["__wanted"])
-    return users.mutate(__draws=users["__draws"] * _GROWTH).drop("__found")
-
-
-def _remaining(engine: Engine, log: _Log, users: Any, drawn: Any, plan: Negatives) -> Any:
-    """What users still lack, from all items that they neither clicked nor drew."""
-    counts = drawn.group_by("__user").agg(__found=drawn.count())
-    rows = join(users, counts, ["__user"]).join(log.items, "__domain")
-    for known in (log.own, drawn):
-        rows = rows.anti_join(known, ["__user", "__item"])
-    order = engine.number(rows["__key"] + _RANK + rows["__item_text"])
-    if plan.rule == "popularity":
-        order = -((order + 0.5) / 2**HASH_BITS).ln() / rows["__popularity"]
-    return _best(rows.mutate(__order=order), ["__order", "__item"], rows["__found"].fill_null(0))
-
-
-def _best(rows: Any, order: list[str], found: Any) -> Any:
-    """A user's first rows in an order, as many as it still wants after those found before."""
-    rank = ibis.row_number().over(group_by="__user", order_by=order)
-    rank = rank.cast("int32").cast("int64")  # Spark's has 32 bits; Ibis thinks otherwise and leaves out a cast to 64
-    rows = rows.mutate(__rank=rank + found)
-    return rows.filter(rows["__rank"] < rows["__wanted"]).select("__user", "__item", "__rank")
-
-
-def _rows(engine: Engine, log: _Log, drawn: Any, item_columns: Sequence[str]) -> Any:
-    """Drawn items as rows of the log."""
-    of_item = list(dict.fromkeys(["__item_text", *item_columns]))
-    items = engine.stored(_first_of_items(log).select("__item", *of_item))
-    clicks = log.rows.drop(*of_item, "__item", "__first", "__label", "__hash").rename(__of="__user")
-    drawn = drawn.join(log.users.select("__user", "__key", "__clicks"), "__user")
-    turn = drawn["__rank"] % drawn["__clicks"]
-    rows = drawn.join(clicks, [drawn["__user"] == clicks["__of"], turn == clicks["__turn"]]).join(items, "__item")
-    digest = (rows["__key"] + _NEGATIVE + rows["__item_text"]).hexdigest("md5")
-    label = ibis.literal(0).cast(log.rows["__label"].type())
-    return rows.mutate(__hash=digest, __label=label).select(*log.columns)
-
-
-def _first_of_items(log: _Log) -> Any:
-    rows = log.rows.filter(log.rows["__hash"] == log.rows["__first"])
-    number = ibis.row_number().over(group_by="__item", order_by=in_order(rows, "__hash", among=log.columns))
-    rows = rows.mutate(__number=number)
+def _first_of_items(rows: Any, columns: Sequence[str]) -> Any:
+    """The first click of each item."""
+    rows = rows.semi_join(rows.group_by("__item").agg(__place=rows["__place"].min()), ["__item", "__place"])
+    rest = in_order(rows, among=[name for name in columns if name in rows.columns])
+    rows = rows.mutate(__number=ibis.row_number().over(group_by="__item", order_by=rest))
     return rows.filter(rows["__number"] == 0)
 
 
-def _union(one: Any, other: Any) -> Any:
-    return one.union(other)
+def _rows(engine: Engine, rows: Any, added: Any, items: Any, schema: Any) -> Any:
+    """Drawn items as rows of the log."""
+    rows = rows.join(added, KEY)
+    rows = rows.mutate(__drawn=rows["__drawn"].unnest())
+    number = rows["__drawn"]["__order"]
+    rows = rows.mutate(__item=rows["__drawn"]["__item"], __number=number).join(items, "__item")
+    own = {
+        "__label": ibis.literal(0).cast(schema["__label"]),
+        "__hash": engine.digits(rows["__number"]),
+        ORDER_COLUMN: rows["__number"],
+    }
+    return rows.mutate(**own).select(*schema.names)

@@ -18,6 +18,9 @@ from domlora.features.text import canonical_text
 
 __all__ = ["with_split"]
 
+_CUTS = ("__cut_1", "__cut_2")
+_BUCKET_BITS = 10
+
 
 def with_split(engine: Engine, rows: Any, split: Split, time: str | None = None) -> tuple[Any, int]:
     """The rows with ``__split``: 0, 1 or 2.
@@ -41,9 +44,9 @@ def with_split(engine: Engine, rows: Any, split: Split, time: str | None = None)
         DataError: no row trains.
     """
     if split.kind == "random":
-        found, left_out = _ranked(rows, split, ["__domain", "__label"], ["__order"]), 0
+        found, left_out = _ranked(engine, rows, split, ["__domain", "__label"], ["__order"]), 0
     elif split.kind == "time":
-        found, left_out = _ranked(rows, split, ["__domain"], [str(time), "__order"]), 0
+        found, left_out = _ranked(engine, rows, split, ["__domain"], [str(time), "__order"]), 0
     elif split.kind == "user":
         found, left_out = _by_user(engine, rows, split), 0
     else:
@@ -56,16 +59,13 @@ def with_split(engine: Engine, rows: Any, split: Split, time: str | None = None)
     return found, left_out
 
 
-def _ranked(rows: Any, split: Split, stratum: list[str], order: list[str]) -> Any:
+def _ranked(engine: Engine, rows: Any, split: Split, stratum: list[str], order: list[str]) -> Any:
     """Ranks are computed on the few columns that they hang on; a row is then compared with the rows at the two cuts."""
-    sizes = cells(rows, stratum)
-    narrow = rows.select(*stratum, *order)
-    narrow = narrow.mutate(__rank=ibis.row_number().over(group_by=stratum, order_by=order).cast("int64"))
-    at_cuts = join(narrow, ibis.memtable(_cuts(sizes, stratum, split.fractions)), stratum)
-    at_cuts = at_cuts.filter((at_cuts["__rank"] == at_cuts["__cut_1"]) | (at_cuts["__rank"] == at_cuts["__cut_2"]))
-    found = at_cuts.to_pyarrow().to_pylist()
+    narrow = engine.stored(rows.select(*stratum, *order))
+    sizes = cells(narrow, stratum)
+    found = _at_cuts(narrow, _cuts(sizes, stratum, split.fractions), stratum, order).to_pyarrow().to_pylist()
     bounds: dict[str, pa.Array] = {name: sizes.column(name) for name in stratum}
-    for cut in ("__cut_1", "__cut_2"):
+    for cut in _CUTS:
         here = {tuple(row[name] for name in stratum): row for row in found if row["__rank"] == row[cut]}
         # no row at the cut: every row comes before it
         keyed = [here.get(tuple(cell[name] for name in stratum)) for cell in sizes.to_pylist()]
@@ -73,8 +73,25 @@ def _ranked(rows: Any, split: Split, stratum: list[str], order: list[str]) -> An
             kind = narrow.schema()[name].to_pyarrow()
             bounds[f"{cut}_{name}"] = pa.array([None if row is None else row[name] for row in keyed], kind)
     rows = join(rows, ibis.memtable(pa.table(bounds)), stratum)
-    passed = [_reaches(rows, order, cut).fill_null(False).cast("int32") for cut in ("__cut_1", "__cut_2")]
+    passed = [_reaches(rows, order, cut).fill_null(False).cast("int32") for cut in _CUTS]
     return rows.mutate(__split=passed[0] + passed[1]).drop(*(name for name in bounds if name not in stratum))
+
+
+def _at_cuts(rows: Any, cuts: pa.Table, stratum: list[str], order: list[str]) -> Any:
+    """The rows at the cuts with their ``__rank``; only rows that share a cut's bucket are sorted for it."""
+    bucket = rows[order[0]] if len(order) > 1 else rows[order[0]] >> (HASH_BITS - _BUCKET_BITS)
+    rows = rows.mutate(__bucket=bucket)
+    groups = [*stratum, "__bucket"]
+    buckets = rows.group_by(groups).agg(__size=rows.count())
+    until = buckets["__size"].sum().over(group_by=stratum, order_by="__bucket", rows=(None, 0))
+    buckets = join(buckets.mutate(__until=until), ibis.memtable(cuts), stratum)
+    before = buckets["__until"] - buckets["__size"]
+    holds = [(before <= buckets[cut]) & (buckets[cut] < buckets["__until"]) for cut in _CUTS]
+    buckets = buckets.mutate(__before=before).filter(holds[0] | holds[1]).drop("__size", "__until")
+    rows = rows.join(buckets, groups)
+    rows = rows.mutate(__place=ibis.row_number().over(group_by=groups, order_by=order))
+    rows = rows.mutate(__rank=rows["__before"] + rows["__place"])
+    return rows.filter((rows["__rank"] == rows["__cut_1"]) | (rows["__rank"] == rows["__cut_2"]))
 
 
 def _reaches(rows: Any, order: Sequence[str], cut: str) -> Any:
@@ -90,7 +107,7 @@ def _cuts(sizes: pa.Table, stratum: list[str], fractions: tuple[float, float, fl
     """For each stratum the ranks at which valid and test begin; integers, so that no engine rounds by itself."""
     train, valid, _ = fractions
     columns = {name: sizes.column(name) for name in stratum}
-    for cut, share in (("__cut_1", train), ("__cut_2", train + valid)):
+    for cut, share in zip(_CUTS, (train, train + valid), strict=True):
         columns[cut] = pa.array(
             [math.floor(size * share + 0.5) for size in sizes.column("__size").to_pylist()], pa.int64()
         )
