@@ -261,18 +261,17 @@ class _Preparation:
         """Rows with ``__split``, sampled non-clicks among them, as far as they are needed; and how many were sampled."""
         plan, sampled_rows = self.plan, 0
         after = plan.negatives is not None and plan.negatives.exclude == "train"
+        rows = rows.mutate(**{ORDER_COLUMN: self.engine.integer(rows["__hash"])})
         if plan.negatives is not None and not after:
             self.step("sample")
             rows, sampled_rows = self._with_negatives(rows)
         self.step("split")
-        rows = rows.mutate(**{ORDER_COLUMN: self.engine.integer(rows["__hash"])})
         rows, left_out = with_split(self.engine, rows if after else self._needed(rows), plan.split, plan.columns.time)
         if left_out:
             self.dropped["in no split"] = left_out
         if after:
             self.step("sample")
             rows, sampled_rows = self._with_negatives(rows)
-            rows = rows.mutate(**{ORDER_COLUMN: self.engine.integer(rows["__hash"])})
             rows = self.engine.stored(self._needed(rows))
         return rows, sampled_rows
 
@@ -291,8 +290,7 @@ class _Preparation:
         assert columns.item is not None
         clicks = rows.filter(rows["__label"] == 1)
         drawn = sampled(self.engine, clicks, negatives, self.domains, columns.item_columns, item=columns.item)
-        drawn = self.engine.stored(drawn.select(*rows.columns))
-        return self.engine.stored(rows.union(drawn)), size(drawn)
+        return rows.union(drawn.select(*rows.columns)), size(drawn)
 
     def sizes(self, rows: Any) -> tuple[dict[str, int], dict[str, dict[str, dict[str, int]]]]:
         """Rows of each split; and of each split and domain, with how many are clicks."""
