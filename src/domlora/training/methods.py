@@ -42,6 +42,17 @@ class Job:
     checkpoint: Path | None = None
     on_progress: OnProgress | None = None
 
+    @property
+    def start(self) -> nn.Module:
+        """The base, for methods that start from one."""
+        assert self.base is not None  # train saw to it
+        return self.base
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        """What every method is told beside what it trains."""
+        return {"checkpoint": self.checkpoint, "on_progress": self.on_progress}
+
 
 class Trained(NamedTuple):
     """A model, what ``build_model`` must be given to make its like, and how it was found."""
@@ -90,85 +101,61 @@ def train(method: str, job: Job) -> Trained:
 def _first(method: str) -> Callable[[Job], Trained]:
     def run(job: Job) -> Trained:
         options = with_vectors(job.model_options, job.data)
-        model, found = pretrain(
-            job.data, options, job.recipe, method=method, checkpoint=job.checkpoint, on_progress=job.on_progress
-        )
+        model, found = pretrain(job.data, options, job.recipe, method=method, **job.watched)
         return Trained(model, options, found)
 
     return run
 
 
-def _second(method: str) -> Callable[[Job], Trained]:
-    def run(job: Job) -> Trained:
-        assert job.base is not None
-        found = adapt(
-            job.base, job.data, job.recipe, method=method, checkpoint=job.checkpoint, on_progress=job.on_progress
-        )
-        return Trained(job.base, dict(job.model_options), found)
+def _in_place(adapters: Callable[[Job], Fit]) -> Callable[[Job], Trained]:
+    """Methods that give the base adapters and leave the options it was built with."""
+    return lambda job: Trained(job.start, dict(job.model_options), adapters(job))
 
-    return run
+
+def _second(method: str) -> Callable[[Job], Trained]:
+    return _in_place(lambda job: adapt(job.start, job.data, job.recipe, method=method, **job.watched))
 
 
 def _legacy(adapted: bool) -> Callable[[Job], Trained]:
     def run(job: Job) -> Trained:
         options, recipe = with_vectors(job.model_options, job.data), job.recipe
-        adapter = recipe.adapter if adapted else None
-        found = fit_legacy(
-            job.data, options, recipe.legacy, adapter, checkpoint=job.checkpoint, on_progress=job.on_progress
+        return Trained(
+            *fit_legacy(job.data, options, recipe.legacy, recipe.adapter if adapted else None, **job.watched)
         )
-        return Trained(*found)
 
     return run
 
 
-def _auto(job: Job) -> Trained:
-    assert job.base is not None
-    found = adapt_each(job.base, job.data, job.recipe, **_watched(job))
-    return Trained(job.base, dict(job.model_options), found)
-
-
 def _choose(job: Job) -> Trained:
-    assert job.base is not None
-    model, found = joint_or_base(job.base, job.data, job.model_options, job.recipe, **_watched(job))
+    model, found = joint_or_base(job.start, job.data, job.model_options, job.recipe, **job.watched)
     return Trained(model, dict(job.model_options), found)
 
 
-def _crossfit(job: Job) -> Trained:
-    assert job.base is not None
-    found = crossfit(job.base, job.data, job.model_options, job.recipe, **_watched(job))
-    return Trained(job.base, dict(job.model_options), found)
-
-
 def _separate(job: Job) -> Trained:
-    return Trained(*separate(job.data, job.model_options, job.recipe.separate, **_watched(job)))
+    return Trained(*separate(job.data, job.model_options, job.recipe.separate, **job.watched))
 
 
 def _finetune(job: Job) -> Trained:
-    assert job.base is not None
-    return Trained(*finetune(job.base, job.data, job.model_options, job.recipe.finetune, **_watched(job)))
+    return Trained(*finetune(job.start, job.data, job.model_options, job.recipe.finetune, **job.watched))
 
 
 def _negotiate(regularised: bool) -> Callable[[Job], Trained]:
     def run(job: Job) -> Trained:
         rules = job.recipe.negotiation
-        return Trained(*negotiate(job.data, job.model_options, rules, regularised=regularised, **_watched(job)))
+        return Trained(*negotiate(job.data, job.model_options, rules, regularised=regularised, **job.watched))
 
     return run
 
 
 def _regularise(job: Job) -> Trained:
-    assert job.base is not None
-    return Trained(*regularise(job.base, job.data, job.model_options, job.recipe.negotiation, **_watched(job)))
+    return Trained(*regularise(job.start, job.data, job.model_options, job.recipe.negotiation, **job.watched))
 
 
 def _mix(job: Job) -> Trained:
-    assert job.base is not None
-    options, recipe = job.model_options, job.recipe
-    return Trained(job.base, *mix(job.base, job.data, options, recipe.adapter, recipe.mixture, **_watched(job)))
-
-
-def _watched(job: Job) -> dict[str, Any]:
-    return {"checkpoint": job.checkpoint, "on_progress": job.on_progress}
+    recipe = job.recipe
+    return Trained(
+        job.start, *mix(job.start, job.data, job.model_options, recipe.adapter, recipe.mixture, **job.watched)
+    )
 
 
 _BASE, _JOINT = FIRST_STAGES
@@ -191,7 +178,7 @@ METHODS: dict[str, Method] = {
     ),
     "auto": Method(
         "as two_stage, but each domain stops by itself and uses its adapter only where validation says so",
-        _auto,
+        _in_place(lambda job: adapt_each(job.start, job.data, job.recipe, **job.watched)),
         ("pretrain", "adapt", "adapter", "auto"),
         from_base=True,
     ),
@@ -203,7 +190,7 @@ METHODS: dict[str, Method] = {
     ),
     "crossfit": Method(
         "as auto, but adapters learn from rows scored with embeddings that never saw their labels",
-        _crossfit,
+        _in_place(lambda job: crossfit(job.start, job.data, job.model_options, job.recipe, **job.watched)),
         ("pretrain", "crossfit", "adapt", "adapter", "auto"),
         from_base=True,
     ),
