@@ -19,7 +19,6 @@ from torch.func import functional_call
 
 from domlora.adapters.attach import freeze_
 from domlora.adapters.bank import base_state
-from domlora.data.batching import Pass, rows_in_memory
 from domlora.errors import ConfigError, DataError
 from domlora.features.batch import Batch
 from domlora.features.schema import Schema
@@ -28,6 +27,7 @@ from domlora.models.build import build_model
 from domlora.training.each_domain import adapt_each
 from domlora.training.fit import Fit, OnProgress, Rows, fit
 from domlora.training.optimizers import parameter_groups
+from domlora.training.rows import batches_of
 from domlora.training.stages import CrossFit, Recipe, with_vectors
 
 __all__ = ["crossfit", "fold_of"]
@@ -116,7 +116,7 @@ def _fit_tables(
     on_progress: OnProgress | None,
 ) -> tuple[dict[int, dict[str, Tensor]], list[Fit]]:
     """Tables for each fold that holds rows, by the names they have in the model, and how they were found."""
-    made, stage, device = _with_given(model_options, data), options.tables, next(model.parameters()).device
+    made, stage, device = with_vectors(model_options, data), options.tables, next(model.parameters()).device
     rows, fold = _folded(data, options.folds)
     tables: dict[int, dict[str, Tensor]] = {}
     fits = []
@@ -127,16 +127,6 @@ def _fit_tables(
         fits.append(fit(fresh, other, stage.fit, stage.optimizer, checkpoint=folder, on_progress=on_progress))
         tables[k] = {name: p.detach() for name, p in fresh.named_parameters() if p.requires_grad}
     return tables, fits
-
-
-def _with_given(model_options: Mapping[str, Any], data: Rows) -> dict[str, Any]:
-    """Options of a model, with the vectors of the data where a stored base has kept no more of them than their width."""
-    vectors: Mapping[str, Any] = getattr(data, "vectors", {})
-    given = model_options.get("pretrained")
-    if not given:
-        return with_vectors(model_options, data)
-    found = {name: vectors.get(name, value) if isinstance(value, int) else value for name, value in given.items()}
-    return {**model_options, "pretrained": found}
 
 
 def _folded(data: Rows, num_folds: int) -> tuple[Batch, Tensor]:
@@ -193,8 +183,7 @@ class _OtherFolds:
     ) -> Iterator[Batch]:
         if split != "train":
             return self.data.batches(split, batch_size, seed=seed, epoch=epoch, start=start)
-        asked = Pass(batch_size, seed, epoch, sort_by_domain=False, start=start)
-        return (batch for chunk in rows_in_memory(self.train, asked) for batch in chunk)
+        return batches_of(self.train, batch_size, seed=seed, epoch=epoch, start=start)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.data.fingerprint()} {self.name}".encode()).hexdigest()

@@ -15,7 +15,7 @@ from domlora.evaluation.metrics import wauc
 from domlora.features.batch import Batch
 from domlora.features.schema import Schema
 
-__all__ = ["OneDomain", "Rows"]
+__all__ = ["OneDomain", "Rows", "batches_of"]
 
 _CHUNK_ROWS = 1 << 16
 
@@ -88,8 +88,7 @@ class OneDomain:
         self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
     ) -> Iterator[Batch]:
         """As ``Dataset.batches``."""
-        asked = Pass(batch_size, seed, epoch, sort_by_domain=False, start=start)
-        return (batch for chunk in rows_in_memory(self.read(split), asked) for batch in chunk)
+        return batches_of(self.read(split), batch_size, seed=seed, epoch=epoch, start=start)
 
     def fingerprint(self) -> str:
         """Of all rows, and which of them these are."""
@@ -103,6 +102,14 @@ class OneDomain:
         rows = self.read("valid")
         weight = None if rows.weight is None else rows.weight.numpy()
         return not math.isnan(wauc(rows.label.numpy(), rows.label.numpy(), rows.domain.numpy(), weight))
+
+
+def batches_of(
+    rows: Batch, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+) -> Iterator[Batch]:
+    """Rows in memory as ``Dataset.batches`` gives those of a split."""
+    asked = Pass(batch_size, seed, epoch, sort_by_domain=False, start=start)
+    return (batch for chunk in rows_in_memory(rows, asked) for batch in chunk)
 
 
 def _joined(parts: list[Batch]) -> Batch:

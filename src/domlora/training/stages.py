@@ -232,17 +232,24 @@ def adapt(
 def with_vectors(model_options: Mapping[str, Any], data: Rows) -> dict[str, Any]:
     """Options of a model with the pretrained vectors that its data come with, unless the options give vectors themselves.
 
+    Options that a bundle stores give no more of them than their width; vectors of the data that have it take its place.
+
     Example:
         >>> from domlora.data.synthetic import World
         >>> with_vectors({"name": "mlp"}, World().dataset(100, seed=1)[0])
         {'name': 'mlp'}
     """
     vectors: Mapping[str, Any] = getattr(data, "vectors", {})
-    if not vectors or "pretrained" in model_options:
+    if not vectors:
         return dict(model_options)
-    learned: frozenset[str] = getattr(data, "trainable_vectors", frozenset())
-    freeze = {name: name not in learned for name in vectors}
-    return {**model_options, "pretrained": dict(vectors), "freeze_pretrained": freeze}
+    if "pretrained" not in model_options:
+        learned: frozenset[str] = getattr(data, "trainable_vectors", frozenset())
+        freeze = {name: name not in learned for name in vectors}
+        return {**model_options, "pretrained": dict(vectors), "freeze_pretrained": freeze}
+    given = model_options["pretrained"]
+    widths = {name: value for name, value in given.items() if isinstance(value, int)} if given else {}
+    stored = {name: vectors[name] for name in widths.keys() & vectors.keys() if vectors[name].shape[1] == widths[name]}
+    return {**model_options, "pretrained": {**given, **stored}} if stored else dict(model_options)
 
 
 def adapter_options_of(method: str, recipe: Recipe) -> AdapterOptions:

@@ -14,6 +14,7 @@ from domlora.data.dataset import Dataset
 from domlora.data.plan import Plan
 from domlora.data.prepare import prepare
 from domlora.errors import ConfigError, DataError
+from domlora.models.build import stored_options
 from domlora.training.stages import Recipe, pretrain, seeded, with_vectors
 
 NAMES = [f"item {number}" for number in range(6)]
@@ -77,6 +78,17 @@ def test_a_model_starts_from_them(trainable: bool, tmp_path: Path) -> None:
     (learned,) = [p for p in model.parameters() if p.shape == data.vectors["item"].shape]
     assert learned.requires_grad == trainable
     assert torch.equal(learned.detach(), data.vectors["item"]) == (not trainable)
+
+
+def test_the_width_that_a_bundle_stores_stands_for_the_vectors(tmp_path: Path) -> None:
+    data = prepared(tmp_path, write_vectors(tmp_path, "csv", VECTORS))
+    made = with_vectors({"name": "mlp"}, data)
+    stored = stored_options(made)
+    again = with_vectors(stored, data)
+    assert torch.equal(again["pretrained"]["item"], data.vectors["item"])
+    assert again["freeze_pretrained"] == made["freeze_pretrained"]
+    other = {**stored, "pretrained": {"item": 4}}  # of another width, so they are others
+    assert with_vectors(other, data) == other
 
 
 @pytest.mark.parametrize(
