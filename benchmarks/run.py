@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --movielens data/raw/movielens-100k-package
 
-The full run takes about 20 minutes on two idle cores, ``--quick`` about 5. Each script is a process of its own and
+The full run takes about 30 minutes on two idle cores, ``--quick`` about 5. Each script is a process of its own and
 interleaves its arms inside; adapters are timed on each number of threads, peers on the first.
 """
 
@@ -74,11 +74,11 @@ def told(script: str, title: str, text: str) -> Section:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, nargs="+", help="1 by default; several are measured one after the other")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="measured one after the other")
     parser.add_argument("--movielens", type=Path, help="folder of ml-1m or ml-100k; without it no table of quality")
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    threads = arguments.threads or [1]
+    threads = arguments.threads
     plan = ["--plan", "quick" if arguments.quick else "full"]
     raw = ["--movielens", str(arguments.movielens)] if arguments.movielens else []
     started, sections = time.perf_counter(), []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial, reduce
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["correct_", "correct_backward_"]
 
 Array = NDArray[Any]
+
+_WORTH = 1 << 21  # multiply-adds of a thread that pay for waking it
 
 
 def correct_(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> Tensor:
@@ -51,7 +56,10 @@ def correct_backward_(
     wanted = [work.nothing if each is None else _flat(each) for each in (total, *grad_banks)]
     numbers = (_flat(grad.to(work.dtype)), inner, work.x, work.a, work.b, work.scale)
     places = np.arange(len(segments.names)) if banks.sparse else segments.names
-    compiled.backward(*wanted, *numbers, work.rows, work.bounds, work.names, places, work.sizes)
+    _each(
+        partial(compiled.backward, *wanted, *numbers, work.rows, bounds, work.names[part], places[part], work.sizes)
+        for part, bounds in work.parts()
+    )
     if grad_x is not None and total is not None and total is not grad_x:
         grad_x.add_(total)
 
@@ -83,8 +91,41 @@ class _Work:
         """Corrections added to ``out``, unless it is empty; ``x A_d`` of each row."""
         hidden = np.empty(len(self.rows) * self.sizes[1], self.nothing.dtype)
         numbers = (self.x, self.a, self.b, self.bias, self.scale)
-        compiled.forward(out, hidden, *numbers, self.rows, self.bounds, self.names, self.sizes)
+        _each(
+            partial(compiled.forward, out, hidden, *numbers, self.rows, bounds, self.names[part], self.sizes)
+            for part, bounds in self.parts()
+        )
         return hidden
+
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """Domains for each of torch's threads, with bounds; a domain is never cut, so that no sum depends on them."""
+        width_in, rank, width_out = self.sizes
+        work = len(self.rows) * rank * (width_in + width_out)
+        count = min(torch.get_num_threads(), work // _WORTH, len(self.names)) or 1
+        aims = np.linspace(self.bounds[0], self.bounds[-1], count + 1)[1:-1]
+        cuts = [0, *np.searchsorted(self.bounds, aims), len(self.names)]
+        for first, last in pairwise(cuts):
+            if first < last:
+                yield slice(first, last), self.bounds[first : last + 1]
+
+
+def _each(calls: Iterator[Callable[[], None]]) -> None:
+    """All of them, the first here and the others beside it: the loops do not hold Python's lock."""
+    first, *others = calls
+    if not others:
+        return first()
+    helpers = _helpers(os.getpid())
+    waiting = [helpers.submit(call) for call in others]
+    try:
+        first()
+    finally:
+        for each in waiting:
+            each.result()
+
+
+@lru_cache(maxsize=1)
+def _helpers(process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked process has none of its parent's threads
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="domlora-adapters")
 
 
 _NOTHING = {dtype: torch.empty(0, dtype=dtype).numpy() for dtype in (torch.float32, torch.float64)}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -460,6 +461,41 @@ def test_fresh_adapters_change_no_bit(way: Way, domain: list[int]) -> None:
     c = case(domain, width=(24, 16), dtype=torch.float32)
     fresh = c._replace(bank_b=torch.zeros_like(c.bank_b), bias=torch.zeros(3, 16))
     assert torch.equal(way(fresh), torch.nn.functional.linear(c.x, c.weight, c.shared_bias))
+
+
+# threads
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("domain", [[0, 1, 2, 1, 0, -1] * 9, [1] * 40, [2, 0] + [1] * 60, []], ids=len)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_bit_depends_on_threads(
+    threads: int, domain: list[int], sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = case(domain, (2,), num_domains=5, dtype=torch.float32)._replace(sparse=sparse)
+    alone = results(c, by_corrections)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "_WORTH", 1)
+    together = results(c, by_corrections)
+    assert all(torch.equal(alone[name].to_dense(), together[name].to_dense()) for name in alone)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process that has threads, which is the point
+def test_a_forked_process_has_helpers_of_its_own() -> None:
+    calls = [lambda: None] * 3
+    cpu._each(iter(calls))
+    child = multiprocessing.get_context("fork").Process(target=cpu._each, args=(iter(calls),))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def test_what_a_helper_raises_is_raised() -> None:
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cpu._each(iter([lambda: None, fails]))
 
 
 # sparse gradients
