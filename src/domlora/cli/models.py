@@ -1,0 +1,132 @@
+"""Verbs from a prepared dataset to a judged bundle: ``pretrain``, ``adapt``, ``evaluate``."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from domlora.cli.options import (
+    ConfigFile,
+    Data,
+    Out,
+    Overwrite,
+    Settings,
+    Threads,
+    check_same_encoder,
+    checkpoint_of,
+    drop_checkpoint,
+    facts_of,
+    refuse_existing,
+    use_threads,
+    write_text,
+)
+from domlora.errors import ConfigError
+from domlora.terminal import STDOUT, print_table, training_bar
+
+__all__ = ["adapt", "evaluate", "pretrain"]
+
+
+def pretrain(
+    data: Data,
+    out: Out,
+    config: ConfigFile = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`base`; `joint` trains adapters along with the backbone; `separate`, `dn`, `mamdr`: see docs/methods.md."
+        ),
+    ] = "base",
+    settings: Settings = None,
+    threads: Threads = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a backbone on the rows of all domains and write it as a bundle.
+
+    Killed and started again, it goes on where it was and ends with the same bits.
+    """
+    from domlora.bundle import Bundle
+    from domlora.config import load_config
+    from domlora.data.dataset import Dataset
+    from domlora.training.methods import Job, train
+
+    refuse_existing(out, overwrite)
+    use_threads(threads)
+    options = load_config(config, settings or ())
+    rows = Dataset.open(data)
+    with training_bar() as show:
+        job = Job(rows, options.model, options.train, None, checkpoint_of(out), show)
+        model, made, found = train(method, job)
+    Bundle(model, made, rows.encoder, facts_of(method, rows, found)).save(out, overwrite=overwrite)
+    drop_checkpoint(out)
+    STDOUT.print(
+        f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False
+    )
+
+
+def adapt(
+    data: Data,
+    bundle: Annotated[Path, typer.Option("--bundle", help="Bundle of a trained base.")],
+    out: Out,
+    config: ConfigFile = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`two_stage`; `auto` keeps an adapter only where it is better; `bias_only`, `finetune`, `dr`, `moe_mlora`: "
+            "see docs/methods.md."
+        ),
+    ] = "two_stage",
+    settings: Settings = None,
+    threads: Threads = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Freeze a trained base and train an adapter for each domain.
+
+    The base without adapters is a candidate too: the result is never worse than it on the validation split.
+    """
+    from domlora.bundle import Bundle
+    from domlora.config import load_config
+    from domlora.data.dataset import Dataset
+    from domlora.training.methods import Job, train
+
+    refuse_existing(out, overwrite)
+    use_threads(threads)
+    options = load_config(config, settings or ()).train
+    opened, rows = Bundle.open(bundle), Dataset.open(data)
+    check_same_encoder(opened, rows)
+    with training_bar() as show:
+        job = Job(rows, opened.model_options, options, opened.model, checkpoint_of(out), show)
+        model, made, found = train(method, job)
+    facts = {**facts_of(method, rows, found), "base": opened.facts}
+    Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
+    drop_checkpoint(out)
+    start = found.history[0][options.adapt.fit.monitor]
+    STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
+
+
+def evaluate(
+    data: Data,
+    bundle: Annotated[Path, typer.Option("--bundle", help="Bundle to score with.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    base: Annotated[bool, typer.Option("--base", help="Switch the adapters off.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
+) -> None:
+    """Score a split: AUC, log loss and calibration in each domain and over all."""
+    from domlora.adapters.root import disabled
+    from domlora.bundle import Bundle
+    from domlora.data.dataset import Dataset
+    from domlora.evaluation.evaluate import by_domain, predict
+
+    opened, rows = Bundle.open(bundle), Dataset.open(data)
+    check_same_encoder(opened, rows)
+    if base and opened.adapter is None:
+        raise ConfigError("--base switches adapters off, and this bundle has none", received=str(bundle))
+    with disabled(opened.model) if base else nullcontext():
+        said = predict(opened.model, rows.batches(split, 16384))
+    table = by_domain(said, rows.schema.domains)
+    print_table(table)
+    if json_ is not None:
+        write_text("--json", json_, json.dumps(table.to_dict(), indent=1))
