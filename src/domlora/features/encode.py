@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
@@ -277,15 +278,16 @@ class Encoder:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; of a bundle, the encoder of its default version.
 
         Raises:
             DataError: a file is missing or is not JSON.
             SchemaError: the files do not agree.
         """
         try:
-            schema = Schema.load(folder / "schema.json")
-            vocabularies = json.loads((folder / "vocabularies.json").read_text(encoding="utf-8"))
+            place = folder / _encoder_place(folder)
+            schema = Schema.load(place / "schema.json")
+            vocabularies = json.loads((place / "vocabularies.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(
                 f"an encoder needs schema.json and vocabularies.json ({error})", received=str(folder)
@@ -296,6 +298,14 @@ class Encoder:
 
     def _vocabularies_json(self) -> str:
         return json.dumps(self.vocabularies, indent=0, sort_keys=True, ensure_ascii=False)
+
+
+def _encoder_place(folder: Path) -> str:
+    """Where in a folder the encoder is: a folder that holds several says so in its manifest."""
+    manifest = folder / "manifest.json"
+    facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    named = facts.get("encoder") if isinstance(facts, dict) else None
+    return named if isinstance(named, str) and re.fullmatch(r"encoder@[0-9]+", named) else "."
 
 
 def _numbers(rows: Mapping[str, Column], names: Sequence[str], number: Number) -> NDArray[np.int64]:

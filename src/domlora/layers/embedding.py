@@ -237,6 +237,7 @@ class MixedEmbedding(nn.Module):
             _given_table(_group_of(fields, places), given[place], place in trainable)
             for place, places in of_given.items()
         ]
+        self.num_given = len(of_given)  # tables of given vectors, behind the learned ones
         self.tables = nn.ModuleList(tables)
         self.maps = nn.ModuleList(_map_of(table.embedding_dim, embedding_dim) for table in tables)
         slots = _slots_of(fields)

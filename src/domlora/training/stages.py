@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -33,8 +33,10 @@ __all__ = [
     "CrossFit",
     "Mixture",
     "Negotiation",
+    "Onboarding",
     "Recipe",
     "Stage",
+    "Start",
     "adapt",
     "adapter_options_of",
     "pretrain",
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 FIRST_STAGES, SECOND_STAGES = ("base", "joint"), ("two_stage", "bias_only")
+
+Start = Literal["zero", "mean", "nearest", "mix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,44 @@ class CrossFit:
 
 
 @dataclass(frozen=True, slots=True)
+class Onboarding:
+    """How ``onboard`` finds the adapter of a new domain, see :mod:`domlora.training.onboard`.
+
+    Args:
+        fit: as in a stage. Where rows are few, batches become smaller, see ``min_steps``.
+        optimizer: its ``adapters`` alone is read. Decay towards zero is not needed: ``prior_rows`` draws to the start.
+        starts: what is trained from, one training each: ``zero`` (the base), ``mean`` of the other domains' adapters,
+            ``nearest`` (the domain whose adapter says most about the rows), ``mix`` (the best convex mix of all).
+        prior_rows: how many rows the start is worth: each step draws the adapter to it by ``lr * prior_rows / rows``; 0 for
+            no such pull.
+        min_steps: steps an epoch has at the least, down to batches of 32 rows.
+        calibrate: set the mean of a start's logits by one number, learned from the training rows.
+        max_scored_rows: training rows that the other domains' adapters are asked about at the most, and fewer where there
+            are hundreds of domains.
+        min_gain: how many standard errors of the paired difference on the validation rows (DeLong for AUC) a less simple
+            adapter must be above a simpler one; 0 takes any gain.
+    """
+
+    fit: FitOptions = field(default_factory=lambda: FitOptions(max_epochs=100, patience=6))
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    starts: tuple[Start, ...] = ("mix",)
+    prior_rows: float = 10_000.0
+    min_steps: int = 10
+    calibrate: bool = True
+    max_scored_rows: int = 4096
+    min_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        for start in self.starts:
+            if start not in get_args(Start):
+                raise ConfigError("unknown start of onboard", received=start, next_step=nearest(start, get_args(Start)))
+        if not (0 <= self.prior_rows < math.inf and 0 <= self.min_gain < math.inf):
+            raise ConfigError("onboard needs prior_rows and min_gain of at least 0", received=self)
+        if min(self.min_steps, self.max_scored_rows) < 1:
+            raise ConfigError("onboard needs min_steps and max_scored_rows of at least 1", received=self)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How a model is trained: where adapters go, and one stage for each way of training."""
 
@@ -156,6 +198,7 @@ class Recipe:
     adapt: Stage = field(default_factory=Stage)
     auto: Auto = field(default_factory=Auto)
     crossfit: CrossFit = field(default_factory=CrossFit)
+    onboard: Onboarding = field(default_factory=Onboarding)
     separate: Stage = field(default_factory=Stage)
     finetune: Stage = field(default_factory=Stage)
     negotiation: Negotiation = field(default_factory=Negotiation)

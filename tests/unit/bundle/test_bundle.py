@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -20,7 +19,6 @@ from domlora.bundle import Bundle, adapter_folders, verify
 from domlora.errors import BundleError, DataError, DomloraError
 from domlora.features.encode import Encoder
 from domlora.features.schema import Feature, Schema
-from domlora.files import sha256_of
 from domlora.models.build import build_model
 
 OPTIONS: dict[str, Any] = {"name": "star", "hidden_units": [8, 4], "embedding_dim": 3, "dropout": 0.2}
@@ -29,6 +27,8 @@ ADAPTERS = [
     AdapterOptions(temperature=2.0),
     AdapterOptions(rank=0),
     AdapterOptions(rank=3, bias=False, lora_alpha=6.0),
+    AdapterOptions(rank=3, lora_alpha=10.0),
+    AdapterOptions(temperature=4.0, lora_alpha=3.14159),
 ]
 
 
@@ -68,7 +68,9 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["none", "low rank", "bias only", "no bias"])
+@pytest.mark.parametrize(
+    "adapter", ADAPTERS, ids=["none", "low rank", "bias only", "no bias", "any scale", "no fraction"]
+)
 def test_round_trip_bit_for_bit(tmp_path: Path, adapter: AdapterOptions | None) -> None:
     ours = bundle(adapter)
     ours.save(tmp_path / "bundle")
@@ -94,10 +96,13 @@ def test_what_was_opened_scores_at_once(saved: Path) -> None:
 
 
 def test_saving_what_was_opened_writes_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    """But for the time."""
     Bundle.open(saved).save(tmp_path / "again")
     assert files(tmp_path / "again") == files(saved)
-    for name in files(saved):
+    for name in set(files(saved)) - {"manifest.json", "versions/1.json"}:
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+    one, two = (json.loads((folder / "versions/1.json").read_text()) for folder in (saved, tmp_path / "again"))
+    assert {**one, "created": ""} == {**two, "created": ""}
 
 
 def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -110,82 +115,35 @@ def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
 
 def test_files(saved: Path) -> None:
     assert files(saved) == [
-        "adapters/app/adapter_config.json",
-        "adapters/app/adapter_model.safetensors",
-        "adapters/app/domlora.json",
-        "adapters/web/adapter_config.json",
-        "adapters/web/adapter_model.safetensors",
-        "adapters/web/domlora.json",
-        "base.safetensors",
+        "adapters/app@1/adapter_config.json",
+        "adapters/app@1/adapter_model.safetensors",
+        "adapters/app@1/domlora.json",
+        "adapters/web@1/adapter_config.json",
+        "adapters/web@1/adapter_model.safetensors",
+        "adapters/web@1/domlora.json",
+        "base@1/model.safetensors",
+        "encoder@1/schema.json",
+        "encoder@1/vocabularies.json",
         "manifest.json",
-        "schema.json",
-        "vocabularies.json",
+        "versions/1.json",
     ]
-    assert sorted(verify(saved)["files"]) == [name for name in files(saved) if name != "manifest.json"]
+    assert verify(saved).files == len(files(saved)) - 2
 
 
-NAMES = [f"adapters/app/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "domlora.json")]
-NAMES += ["base.safetensors", "manifest.json", "schema.json", "vocabularies.json"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "bit", "missing", "grown"])
-def test_a_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
-    path = saved / name
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        path.write_bytes({"truncated": content[:-1], "emptied": b"", "bit": flipped, "grown": content + b" "}[damage])
-    if (name, damage) == ("manifest.json", "grown"):
-        return  # white space after JSON
-    with pytest.raises(BundleError, match=name):
+def test_a_bundle_of_an_earlier_format_is_refused(saved: Path) -> None:
+    """One version, its files side by side."""
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(BundleError, match=r"format 3\. Received: 2\. Write it anew"):
         Bundle.open(saved)
 
 
-def test_any_flipped_bit_of_the_manifest_is_found(saved: Path) -> None:
-    """The manifest vouches for all other files, so something must vouch for it."""
-    path = saved / "manifest.json"
-    content = path.read_bytes()
-    unnoticed = []
-    for position in range(0, len(content), 5):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
-        try:
-            if json.loads(path.read_bytes()) == json.loads(content):
-                continue
-        except ValueError:
-            pass
-        try:
-            verify(saved)
-        except BundleError:
-            continue
-        unnoticed.append(position)
-    assert not unnoticed
-
-
-@pytest.mark.parametrize("name", ["extra.txt", "adapters/toys", "adapters/app/README.md", ".hidden"])
-def test_an_unknown_file_is_named(saved: Path, name: str) -> None:
-    (saved / name).write_bytes(b"x")
-    with pytest.raises(BundleError, match=name):
-        Bundle.open(saved)
-
-
-@pytest.mark.parametrize("key", ["format", "model", "adapter", "facts", "files"])
+@pytest.mark.parametrize("key", ["format", "default", "last", "encoder", "versions", "sha256"])
 def test_a_manifest_without_a_part_is_refused(saved: Path, key: str) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     del manifest[key]
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"manifest\.json"):
-        Bundle.open(saved)
-
-
-def test_a_bundle_of_the_first_format_is_refused(saved: Path) -> None:
-    """One tensor file a domain, under other names."""
-    manifest = json.loads((saved / "manifest.json").read_text())
-    (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    with pytest.raises(BundleError, match=r"format 2\. Received: 1"):
         Bundle.open(saved)
 
 
@@ -215,7 +173,7 @@ def test_weights_of_another_model_are_refused(saved: Path, tmp_path: Path) -> No
     other = bundle(ADAPTERS[1])
     other.model_options = {**OPTIONS, "hidden_units": [8, 5]}
     other.save(tmp_path / "other")
-    with pytest.raises(BundleError, match=r"base\.safetensors must fit"):
+    with pytest.raises(BundleError, match="the base must fit"):
         Bundle.open(tmp_path / "other")
 
 
@@ -225,7 +183,7 @@ WEIRD += [".hidden", "a.", "con", "aux.txt", "COM1", "x" * 300, "x" * 301, "X" *
 
 def test_folders_of_adapters_fit_every_disk() -> None:
     """macOS and Windows take ``A`` for ``a``; Windows drops a last dot and keeps a few names for devices."""
-    names = [folder.removeprefix("adapters/") for folder in adapter_folders(WEIRD).values()]
+    names = [folder.removeprefix("adapters/") for folder in adapter_folders(WEIRD, 999_999_999).values()]
     assert len({name.lower() for name in names}) == len(names) == len(WEIRD)
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9_.~%@-]{1,255}", name)
@@ -235,18 +193,18 @@ def test_folders_of_adapters_fit_every_disk() -> None:
 
 def test_folders_of_adapters_can_be_read() -> None:
     names = ["books", "Toys", "age_18-24", "4", "v1.2", "F"]
-    assert adapter_folders(names) == {name: f"adapters/{name}" for name in names}
+    assert adapter_folders(names, 7) == {name: f"adapters/{name}@7" for name in names}
     assert adapter_folders(["home & garden", "x", "X"]) == {
-        "home & garden": "adapters/home%20%26%20garden",
-        "x": "adapters/x@2d711642b726b044",
-        "X": "adapters/X@4b68ab3847feda7d",
+        "home & garden": "adapters/home%20%26%20garden@1",
+        "x": "adapters/x@2d711642b726b044@1",
+        "X": "adapters/X@4b68ab3847feda7d@1",
     }
 
 
 def test_no_name_can_be_made_to_meet_another() -> None:
     """What tells ``A`` from ``a`` is a sign that a plain name never has."""
-    taken = [folder.removeprefix("adapters/") for folder in adapter_folders(["A", "a"]).values()]
-    names = list(adapter_folders(["A", "a", *taken, taken[0].lower()]).values())
+    taken = [folder.removeprefix("adapters/").removesuffix("@1") for folder in adapter_folders(["A", "a"]).values()]
+    names = list(adapter_folders(["A", "a", *taken, taken[0].lower(), "A@1"]).values())
     assert len({name.lower() for name in names}) == len(names)
 
 
@@ -266,31 +224,13 @@ def test_weird_domain_names_stay_inside(tmp_path: Path) -> None:
 
 def test_an_adapter_is_used_alone(saved: Path, tmp_path: Path) -> None:
     """Copied out of its bundle, beside the same base in another process's model, in another row of the bank."""
-    shutil.copytree(saved / "adapters/web", tmp_path / "web")
+    shutil.copytree(saved / "adapters/web@1", tmp_path / "web")
     ours, fresh = bundle(ADAPTERS[1]), build_model(schema=encoder().schema, **OPTIONS)
-    fresh.load_state_dict(load_file(saved / "base.safetensors"))
+    fresh.load_state_dict(load_file(saved / "base@1/model.safetensors"))
     attach_(fresh, 3, temperature=2.0, include=("tower.*",))
     load_adapter_(fresh, 2, tmp_path / "web")
     for name, row in rows_of(ours.model, 1).items():
         assert torch.equal(rows_of(fresh, 2)[name], row)
-
-
-def test_an_adapter_of_another_base_is_refused(saved: Path) -> None:
-    """A folder that somebody exchanged, with a manifest that agrees."""
-    other = bundle(ADAPTERS[1])
-    with torch.no_grad():
-        next(p for name, p in other.model.named_parameters() if "lora" not in name).add_(1)
-    other.save(saved.parent / "other")
-    shutil.rmtree(saved / "adapters/web")
-    shutil.copytree(saved.parent / "other/adapters/web", saved / "adapters/web")
-    manifest = json.loads((saved / "manifest.json").read_text())
-    manifest["files"] = {name: sha256_of(saved / name) for name in files(saved) if name != "manifest.json"}
-    del manifest["sha256"]
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (saved / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
-    verify(saved)
-    with pytest.raises(BundleError, match="another base"):
-        Bundle.open(saved)
 
 
 @pytest.mark.parametrize("work", ["save", "open"])
@@ -305,7 +245,7 @@ def test_the_base_is_read_once_and_not_once_a_domain(
         calls.append(model)
         return base_fingerprint(model)
 
-    for room in ("domlora.bundle", "domlora.adapters.file"):
+    for room in ("domlora.bundle.reading", "domlora.bundle.writing", "domlora.adapters.file"):
         monkeypatch.setattr(f"{room}.base_fingerprint", counted)
     if work == "save":
         ours.save(tmp_path / "again")
@@ -320,10 +260,10 @@ def test_a_blank_domain_name_never_gets_this_far() -> None:
 
 
 def test_an_existing_folder_is_replaced_only_on_request(saved: Path) -> None:
-    before = (saved / "base.safetensors").read_bytes()
+    before = (saved / "base@1/model.safetensors").read_bytes()
     with pytest.raises(DataError, match="must not exist"):
         bundle().save(saved)
-    assert (saved / "base.safetensors").read_bytes() == before
+    assert (saved / "base@1/model.safetensors").read_bytes() == before
     bundle().save(saved, overwrite=True)
     assert Bundle.open(saved).adapter is None
 
@@ -352,4 +292,4 @@ def test_facts_are_plain_json(tmp_path: Path) -> None:
         ours.save(tmp_path / "bundle")
     except ValueError:
         return
-    json.loads((tmp_path / "bundle" / "manifest.json").read_text(), parse_constant=pytest.fail)
+    json.loads((tmp_path / "bundle" / "versions/1.json").read_text(), parse_constant=pytest.fail)
