@@ -156,6 +156,32 @@ class Optimizer:
                     entries.setdefault(int(number), {})[what] = value
             part.load_state_dict({"state": entries, "param_groups": part.state_dict()["param_groups"]})
 
+    def named_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """As :meth:`state`, but by the names of the parameters: ``RULE/PARAMETER/KEY``."""
+        names, found = self._names(model), {}
+        for key, value in self.state().items():
+            rule, number, what = key.split(".")
+            found[f"{rule}/{names[rule][int(number)]}/{what}"] = value
+        return found
+
+    def load_named_state(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`named_state` gave, as far as rules and parameters are the same; others start anew."""
+        numbers = {(rule, name): n for rule, names in self._names(model).items() for n, name in enumerate(names)}
+        found = {}
+        for key, value in tensors.items():
+            rule, name, what = key.split("/")
+            if (rule, name) in numbers:
+                found[f"{rule}.{numbers[rule, name]}.{what}"] = value
+        self.load_state(found)
+
+    def _names(self, model: nn.Module) -> dict[str, list[str]]:
+        """The parameters of each rule, in the order of its state."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {
+            rule: [names[id(p)] for group in part.param_groups for p in group["params"]]
+            for rule, part in self._parts.items()
+        }
+
     def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self._parts.values() for group in part.param_groups]
 

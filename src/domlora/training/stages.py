@@ -21,6 +21,7 @@ from torch import nn
 
 from domlora.adapters.attach import AdapterOptions, attach_, freeze_
 from domlora.errors import ConfigError, nearest
+from domlora.evaluation.gate import Limits
 from domlora.models.build import build_model
 from domlora.training.fit import Fit, FitOptions, OnProgress, Rows, fit
 from domlora.training.optimizers import OptimizerOptions, Rule
@@ -46,6 +47,7 @@ __all__ = [
 
 FIRST_STAGES, SECOND_STAGES = ("base", "joint"), ("two_stage", "bias_only")
 
+OptimizerState = Literal["fresh", "carry"]
 Start = Literal["zero", "mean", "nearest", "mix"]
 
 
@@ -189,6 +191,37 @@ class Onboarding:
 
 
 @dataclass(frozen=True, slots=True)
+class Updating:
+    """How ``update`` learns a new day, see :mod:`domlora.training.update`.
+
+    Args:
+        fit, optimizer: as in a stage. Lazy rules leave rows that the day does not touch as they are, so that little changes
+            on disk.
+        moving: globs of parameters that move beside tables and adapters, such as ``["tower.*"]``, by the rule for ``dense``;
+            by default the dense backbone stands still.
+        replay_share: share of each batch that comes from earlier rows, where there are some, in [0, 1).
+        optimizer_state: ``fresh``, or ``carry`` to go on with the moments of the last update.
+        gate: when the result may become the default version.
+    """
+
+    fit: FitOptions = field(default_factory=lambda: FitOptions(max_epochs=1))
+    optimizer: OptimizerOptions = field(
+        default_factory=lambda: OptimizerOptions(tables=Rule("lazy_adam"), adapters=Rule("lazy_adam"))
+    )
+    moving: tuple[str, ...] = ()
+    replay_share: float = 0.5
+    optimizer_state: OptimizerState = "fresh"
+    gate: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.replay_share < 1:
+            raise ConfigError("replay_share must be in [0, 1)", received=self.replay_share)
+        if self.optimizer_state not in get_args(OptimizerState):
+            rule, known = "unknown option of update", get_args(OptimizerState)
+            raise ConfigError(rule, received=self.optimizer_state, next_step=nearest(self.optimizer_state, known))
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How a model is trained: where adapters go, and one stage for each way of training."""
 
@@ -199,6 +232,7 @@ class Recipe:
     auto: Auto = field(default_factory=Auto)
     crossfit: CrossFit = field(default_factory=CrossFit)
     onboard: Onboarding = field(default_factory=Onboarding)
+    update: Updating = field(default_factory=Updating)
     separate: Stage = field(default_factory=Stage)
     finetune: Stage = field(default_factory=Stage)
     negotiation: Negotiation = field(default_factory=Negotiation)
