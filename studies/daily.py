@@ -1,13 +1,14 @@
 """Seven days of news: a daily update beside retraining from scratch every day, and beside a model that stands still.
 
-    python studies/daily.py --raw FOLDER --out runs/daily --seeds 1 2 3
+    python studies/daily.py --raw FOLDER --out runs/daily --seeds 2 3 4 5 6
 
 EB-NeRD, cut by calendar day. The days before the first of the seven train one joint model (DeepFM, options of
 studies/ebnerd.toml, temperature 4). Each day is then scored before anybody learns it, all of its rows, by the model as it
-stood: updated once a day on the day before (`update`: tables and adapters move, half of each batch are rows of the first
-days), trained anew on all days so far (`retrain`), or left alone (`still`). Words are those that each had seen by then; new
-ones are out-of-vocabulary. At the end the last day comes once more with the labels of one scene shuffled, which the gate has
-to stop. Results are lines of ``daily.jsonl``; a seed that is there is not run again.
+stood: updated once a day on the day before (`update`: tables and adapters move for one pass over that day), trained anew
+on all days so far (`retrain`), or left alone (`still`). Words are those that each had seen by then; new ones are
+out-of-vocabulary. At the end the last day comes once more with the labels of one scene shuffled, which the gate has to
+stop. Seed 1 was used to choose between replay of earlier rows and none. Results are lines of ``daily.jsonl``; a seed that
+is there is not run again.
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ def one_seed(raw: Path, out: Path, seed: int, days: int) -> Iterator[dict[str, A
             yield {"seed": seed, "day": str(today), "arm": arm, **score(bundle, day), **facts}
         day = cut.prepared(f"{today}-update", today, today + timedelta(1), grow=live)
         if number == days - 1:
-            yield {"seed": seed, "day": str(today), "arm": "poisoned", **poisoned(live, day, first, recipe, seed)}
+            yield {"seed": seed, "day": str(today), "arm": "poisoned", **poisoned(live, day, recipe, seed)}
         began = time.perf_counter()
-        candidate, _ = update(live, day, recipe, replay=first)
+        candidate, _ = update(live, day, recipe)
         candidate, verdict = gate(live, candidate, day, recipe.update)
         spent["update"] = time.perf_counter() - began
         candidate.publish(out / "live", default=verdict.passed)
@@ -154,7 +155,7 @@ def score(bundle: Bundle, day: Dataset) -> dict[str, Any]:
     return {"wauc": 100 * found.summary["wauc"], "domains": {row.name: 100 * row.auc for row in found.domains}}
 
 
-def poisoned(live: Bundle, day: Dataset, first: Dataset, recipe: Recipe, seed: int) -> dict[str, Any]:
+def poisoned(live: Bundle, day: Dataset, recipe: Recipe, seed: int) -> dict[str, Any]:
     """What the gate says of a day whose labels are shuffled in one scene."""
     scene, dice = day.schema.domains.index(POISONED), torch.Generator().manual_seed(seed)
     splits = {}
@@ -164,7 +165,7 @@ def poisoned(live: Bundle, day: Dataset, first: Dataset, recipe: Recipe, seed: i
         label[at] = label[at[torch.randperm(len(at), generator=dice)]]
         splits[split] = rows._replace(label=label)
     spoiled = Dataset.from_batches(day.schema, splits, day.encoder)
-    candidate, _ = update(live, spoiled, recipe, replay=first)
+    candidate, _ = update(live, spoiled, recipe)
     _, verdict = gate(live, candidate, spoiled, recipe.update)
     return {"stopped": not verdict.passed, "reasons": verdict.reasons}
 

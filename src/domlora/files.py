@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -10,12 +11,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from domlora.errors import DataError
+from domlora.errors import DataError, DomloraError
 
-__all__ = ["new_folder", "sha256_of"]
+__all__ = ["new_folder", "only_one", "sha256_of", "told"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (*_FULL, errno.EROFS)
 
 
 def sha256_of(path: Path) -> str:
@@ -38,28 +42,135 @@ def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.js
         marker: a file that every folder of this kind holds.
 
     Raises:
-        DataError: ``out`` exists and may not be replaced.
+        DataError: ``out`` exists and may not be replaced, or the disk is full, over a quota, or cannot be written.
     """
+    with told(out):
+        _check_replaceable(out, overwrite, marker)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        held = _hold(work)
+    try:
+        fresh = work / "new"  # made by mkdir and not by mkdtemp, whose folders nobody else may read
+        with told(out):
+            fresh.mkdir()
+        with told(out, disk_alone=True):
+            yield fresh
+        with told(out):
+            _sync(fresh)
+            _put(fresh, out, work / "old")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Be the only process that makes ``out``, from here to the end of the block; a second one is refused at once.
+
+    The lock is a file beside ``out``. The system lets it go when the process ends, however it ends, and the file is removed
+    here or by the next one. On a file system that knows no locks nobody is refused.
+
+    Raises:
+        DataError: another process is at it, or the folder around ``out`` cannot be written.
+    """
+    place = out.parent / f".{out.name}.lock"
+    with told(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle = _lock(place)
+    if handle is None:
+        raise DataError(
+            f"one process at a time may write a folder, and process {_owner(place)} is writing this one",
+            received=str(out),
+            next_step="Wait for it, end it, or choose another folder",
+        )
+    try:
+        with told(out):
+            os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has the handle too and does not close it
+        os.close(handle)
+
+
+def _lock(place: Path) -> int | None:
+    """A file of this process alone, empty; None if another one has it."""
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:  # no locks on this file system
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(place)):
+                os.ftruncate(handle, 0)
+                return handle
+        os.close(handle)  # its owner removed it between our two calls
+
+
+def _owner(place: Path) -> str:
+    with suppress(OSError):
+        return place.read_text(encoding="utf-8") or "?"
+    return "?"
+
+
+@contextmanager
+def told(out: Path, *, disk_alone: bool = False) -> Iterator[None]:
+    """What the system refuses inside the block, as one line about ``out``.
+
+    Args:
+        disk_alone: only what a disk refuses whoever writes, such as one that is full; other errors of the system may be
+            about other files and pass. Libraries that put such an error into words of their own are understood too.
+
+    Raises:
+        DataError: the rule, and what is still there.
+    """
+    try:
+        yield
+    except DomloraError:
+        raise
+    except Exception as error:
+        number = _number_of(error)
+        if number is None or (disk_alone and number not in _DISK):
+            raise
+        full = number in _FULL
+        raise DataError(
+            f"{'the disk must have room for' if full else 'it must be possible to write'} the output "
+            f"({os.strerror(number)})",
+            received=str(out),
+            next_step=f"{_room(out) if full else 'Let this user write there, or choose another folder'}. "
+            "What was there before is as it was; then run the same command again",
+        ) from error
+
+
+def _number_of(error: Exception) -> int | None:
+    """What the system said, also where a library only quotes it."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return next((n for n in _DISK if os.strerror(n) in str(error)), None)
+
+
+def _room(out: Path) -> str:
+    with suppress(OSError, StopIteration):
+        there = next(folder for folder in out.absolute().parents if folder.is_dir())
+        return f"Make room ({shutil.disk_usage(there).free / 1e6:,.0f} MB are free in {there})"
+    return "Make room"
+
+
+def _check_replaceable(out: Path, overwrite: bool, marker: str) -> None:
     if out.exists() and not overwrite:
         raise DataError("the output folder must not exist", received=str(out), next_step="Pass overwrite to replace it")
     if out.exists() and not (out / marker).is_file():
         raise DataError(
             f"only a folder with a {marker} is replaced", received=str(out), next_step="Choose another folder"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    held = _hold(work)
-    try:
-        fresh = work / "new"  # made by mkdir and not by mkdtemp, whose folders nobody else may read
-        fresh.mkdir()
-        yield fresh
-        _sync(fresh)
-        _put(fresh, out, work / "old")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if held is not None:
-            os.close(held)
 
 
 def _hold(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from domlora.evaluation.evaluate import Table
     from domlora.training.fit import OnProgress, Progress
 
-__all__ = ["STDERR", "STDOUT", "bar", "print_line", "print_rows", "print_table", "training_bar"]
+__all__ = ["STDERR", "STDOUT", "bar", "print_json", "print_line", "print_rows", "print_table", "training_bar"]
 
 STDOUT, STDERR = Console(), Console(stderr=True)
 
@@ -35,6 +36,11 @@ def print_rows(manifest: dict[str, Any]) -> None:
 def print_table(table: Table) -> None:
     """A table as Markdown, however wide."""
     STDOUT.print(table.to_markdown(), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Anything that is JSON, for programs and people alike."""
+    STDOUT.print(json.dumps(value, indent=1), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_line(line: dict[str, Any]) -> None:

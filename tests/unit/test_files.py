@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from domlora.errors import DataError
-from domlora.files import new_folder, sha256_of
+from domlora.errors import ConfigError, DataError
+from domlora.files import new_folder, only_one, sha256_of
 
 
 def write(folder: Path, text: str, *, overwrite: bool = True) -> None:
@@ -104,7 +105,7 @@ def test_an_error_inside_leaves_the_old_folder_and_no_litter(tmp_path: Path, err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("error", [OSError, DataError, KeyboardInterrupt, MemoryError])
 def test_an_error_between_the_two_renames_brings_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
@@ -113,7 +114,7 @@ def test_an_error_between_the_two_renames_brings_the_old_folder_back(
 
     def failing(self: Path, target: Path) -> Path:
         if self.name == "new":
-            raise error
+            raise error("no")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
@@ -156,3 +157,158 @@ def test_two_writers_leave_one_whole_folder(tmp_path: Path) -> None:
         write(tmp_path / "out", "quick")
         assert read(tmp_path / "out") == "quick"
     assert read(tmp_path / "out") == "slow"
+
+
+# disks that refuse
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_old_folder_stays(small_disk: Path) -> None:
+    write(small_disk / "out", "old")
+    with pytest.raises(DataError, match=r"must have room.*No space left on device.*MB are free in.*is as it was"):
+        write(small_disk / "out", "x" * 2_000_000)
+    assert read(small_disk / "out") == "old"
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
+    write(small_disk / "out", "new")
+    assert read(small_disk / "out") == "new"
+
+
+def test_a_disk_that_is_full_to_its_last_byte(small_disk: Path) -> None:
+    write(small_disk / "out", "old")
+    filling = ["dd", "if=/dev/zero", f"of={small_disk / 'filler'}"]
+    assert b"No space left" in subprocess.run(filling, capture_output=True, check=False).stderr
+    with pytest.raises(DataError, match="must have room"):
+        write(small_disk / "out", "new")
+    with pytest.raises(DataError, match="must have room"), only_one(small_disk / "out"):
+        pass
+    assert read(small_disk / "out") == "old"
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from domlora.errors import DataError
+from domlora.files import new_folder
+try:
+    with new_folder(Path(sys.argv[1]), overwrite=True) as fresh:
+        (fresh / "manifest.json").write_text("x" * 200_000)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    words = [sys.executable, "-c", LIMITED, str(tmp_path / "out")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "must have room for the output (File too large)" in said
+    assert said.count("\n") == 1
+    assert read(tmp_path / "out") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_may_only_be_read(small_disk: Path) -> None:
+    write(small_disk / "out", "old")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(DataError, match=r"must be possible to write the output \(Read-only file system\)"):
+        write(small_disk / "out", "new")
+    with pytest.raises(DataError, match="Read-only"), only_one(small_disk / "out"):
+        pass
+    assert read(small_disk / "out") == "old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(DataError, match="Permission denied"):
+        write(tmp_path / "locked" / "out", "new")
+
+
+def test_a_file_where_the_parent_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"must be possible to write the output \((Not a directory|File exists)\)"):
+        write(tmp_path / "file" / "out", "new")
+
+
+def test_what_a_block_reads_is_not_about_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
+        (tmp_path / "missing").read_text()
+
+
+def test_a_library_that_quotes_the_system_is_understood_and_our_own_errors_pass(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must have room"), new_folder(tmp_path / "out"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(ConfigError, match="No space left on device"), new_folder(tmp_path / "out"):
+        raise ConfigError("No space left on device")
+
+
+# two processes at one output
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from domlora.files import only_one
+with only_one(Path(sys.argv[1])):
+    print("inside", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_at_once_until_the_first_ends(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "out"
+    process = subprocess.Popen([sys.executable, "-c", HOLDING, str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"inside\n"
+    with pytest.raises(DataError, match=rf"process {process.pid} is writing this one.*{out}"), only_one(out):
+        pass
+    with only_one(tmp_path / "runs" / "other"):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with only_one(out):  # the system let it go
+        assert [path.name for path in out.parent.iterdir()] == [".out.lock"]
+    assert not list(out.parent.iterdir())
+
+
+def test_a_process_is_its_own_rival(tmp_path: Path) -> None:
+    with only_one(tmp_path / "out"):
+        with pytest.raises(DataError, match=rf"process {os.getpid()}"), only_one(tmp_path / "out"):
+            pass
+        with pytest.raises(DataError), only_one(tmp_path / "out"):  # refusing did not let it go
+            pass
+
+
+RACE = """
+import sys
+from pathlib import Path
+from domlora.errors import DataError
+from domlora.files import only_one
+inside = Path(sys.argv[1]) / "inside"
+done = 0
+while done < 200:
+    try:
+        with only_one(Path(sys.argv[1]) / "out"):
+            inside.mkdir()  # fails if another one is inside
+            inside.rmdir()
+            done += 1
+    except DataError:
+        pass
+"""
+
+
+def test_processes_that_race_are_never_inside_together(tmp_path: Path) -> None:
+    racing = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait() for process in racing] == [0, 0, 0]
+    assert not list(tmp_path.iterdir())

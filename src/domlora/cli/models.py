@@ -16,6 +16,7 @@ from domlora.cli.options import (
     Overwrite,
     Settings,
     Threads,
+    Version,
     check_same_encoder,
     checkpoint_of,
     drop_checkpoint,
@@ -51,17 +52,19 @@ def pretrain(
     from domlora.bundle import Bundle
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
+    from domlora.files import only_one
     from domlora.training.methods import Job, train
 
     refuse_existing(out, overwrite)
     use_threads(threads)
     options = load_config(config, settings or ())
     rows = Dataset.open(data)
-    with training_bar() as show:
-        job = Job(rows, options.model, options.train, None, checkpoint_of(out), show)
-        model, made, found = train(method, job)
-    Bundle(model, made, rows.encoder, facts_of(method, rows, found)).save(out, overwrite=overwrite)
-    drop_checkpoint(out)
+    with only_one(out):
+        with training_bar() as show:
+            job = Job(rows, options.model, options.train, None, checkpoint_of(out), show)
+            model, made, found = train(method, job)
+        Bundle(model, made, rows.encoder, facts_of(method, rows, model, found)).save(out, overwrite=overwrite)
+        drop_checkpoint(out)
     STDOUT.print(
         f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False
     )
@@ -90,6 +93,7 @@ def adapt(
     from domlora.bundle import Bundle
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
+    from domlora.files import only_one
     from domlora.training.methods import Job, train
 
     refuse_existing(out, overwrite)
@@ -97,12 +101,13 @@ def adapt(
     options = load_config(config, settings or ()).train
     opened, rows = Bundle.open(bundle), Dataset.open(data)
     check_same_encoder(opened, rows)
-    with training_bar() as show:
-        job = Job(rows, opened.model_options, options, opened.model, checkpoint_of(out), show)
-        model, made, found = train(method, job)
-    facts = {**facts_of(method, rows, found), "base": opened.facts}
-    Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
-    drop_checkpoint(out)
+    with only_one(out):
+        with training_bar() as show:
+            job = Job(rows, opened.model_options, options, opened.model, checkpoint_of(out), show)
+            model, made, found = train(method, job)
+        facts = {**facts_of(method, rows, model, found), "base": opened.facts}
+        Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
+        drop_checkpoint(out)
     start = found.history[0][options.adapt.fit.monitor]
     STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
 
@@ -110,6 +115,7 @@ def adapt(
 def evaluate(
     data: Data,
     bundle: Annotated[Path, typer.Option("--bundle", help="Bundle to score with.")],
+    version: Version = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     base: Annotated[bool, typer.Option("--base", help="Switch the adapters off.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
@@ -120,7 +126,7 @@ def evaluate(
     from domlora.data.dataset import Dataset
     from domlora.evaluation.evaluate import by_domain, predict
 
-    opened, rows = Bundle.open(bundle), Dataset.open(data)
+    opened, rows = Bundle.open(bundle, version=version), Dataset.open(data)
     check_same_encoder(opened, rows)
     if base and opened.adapter is None:
         raise ConfigError("--base switches adapters off, and this bundle has none", received=str(bundle))

@@ -10,6 +10,8 @@ import typer
 from domlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from domlora.data.dataset import Dataset
     from domlora.training.fit import Fit
 
@@ -21,6 +23,7 @@ __all__ = [
     "Raw",
     "Settings",
     "Threads",
+    "Version",
     "check_same_encoder",
     "checkpoint_of",
     "drop_checkpoint",
@@ -44,6 +47,7 @@ Settings = Annotated[
     ),
 ]
 
+Version = Annotated[int | None, typer.Option("--version", help="Which version of the bundle; the default one without.")]
 Threads = Annotated[
     int, typer.Option("--threads", help="Cores to train on. One is fastest for towers of a few hundred units.")
 ]
@@ -61,9 +65,14 @@ def write_text(option: str, path: Path, text: str) -> None:
         raise ConfigError(f"{option} must name a file that can be written ({error})", received=str(path)) from error
 
 
-def facts_of(method: str, rows: Dataset, found: Fit) -> dict[str, Any]:
-    """What a bundle remembers of its training."""
-    return {"method": method, "data": rows.fingerprint(), "valid": found.best_value, "epoch": found.best_epoch}
+def facts_of(method: str, rows: Dataset, model: nn.Module, found: Fit) -> dict[str, Any]:
+    """What a bundle remembers of its training; the AUC of each domain is for the gate of its first update."""
+    from domlora.evaluation.gate import remember
+    from domlora.training.validation import say
+
+    aucs = remember(say(model, rows), rows.schema.domains)
+    figures = {"valid": found.best_value, "epoch": found.best_epoch, "auc": aucs}
+    return {"method": method, "data": rows.fingerprint(), **figures}
 
 
 def check_same_encoder(bundle: Any, rows: Any) -> None:

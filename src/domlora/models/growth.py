@@ -15,6 +15,7 @@ from domlora.adapters.bank import adapter_parameters, base_state
 from domlora.errors import SchemaError
 from domlora.features.schema import OOV_ID, Schema
 from domlora.layers.embedding import EmbeddingTable, MixedEmbedding
+from domlora.layers.experts import DomainEmbedding
 from domlora.models.build import build_model
 
 __all__ = ["Piece", "grown", "pieces_of"]
@@ -87,6 +88,8 @@ def grown(model: nn.Module, model_options: Mapping[str, Any], old: Schema, new: 
         )
     larger = build_model(schema=new, **model_options)
     state, fresh = base_state(model), base_state(larger)
+    if state.keys() != fresh.keys():
+        raise _no_room(old, new, sorted(state.keys() ^ fresh.keys())[:3])
     pieces = pieces_of(model, larger)
     given = _given(larger, model_options)
     for name, tensor in fresh.items():
@@ -95,11 +98,7 @@ def grown(model: nn.Module, model_options: Mapping[str, Any], old: Schema, new: 
         elif tensor.shape == state[name].shape:
             tensor.copy_(state[name])
         else:
-            raise SchemaError(
-                f"a model with weights of each domain beside its adapters cannot take {_more(old, new)} more domains",
-                received={name: (tuple(state[name].shape), tuple(tensor.shape))},
-                next_step="Train it anew on all domains, or use a backbone with adapters",
-            )
+            raise _no_room(old, new, {name: (tuple(state[name].shape), tuple(tensor.shape))})
     adapter = options_of(model)
     if adapter is not None:
         attach_(larger, new.num_domains, **asdict(adapter))
@@ -119,7 +118,12 @@ def _rows(old: Tensor, built: Tensor, pieces: list[Piece], *, keep_new: bool) ->
 
 
 def _tables(model: nn.Module) -> dict[str, EmbeddingTable]:
-    return {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, EmbeddingTable)}
+    """By their parameter; vectors of domains are none of them, since their rows do not belong to ids."""
+    return {
+        f"{name}.weight": part
+        for name, part in model.named_modules()
+        if isinstance(part, EmbeddingTable) and not isinstance(part, DomainEmbedding)
+    }
 
 
 def _bounds(table: EmbeddingTable) -> list[int]:
@@ -147,5 +151,11 @@ def _copy_adapters_(model: nn.Module, larger: nn.Module) -> None:
             banks[name][: len(bank)] = bank
 
 
-def _more(old: Schema, new: Schema) -> int:
-    return new.num_domains - old.num_domains
+def _no_room(old: Schema, new: Schema, received: object) -> SchemaError:
+    """A model holds weights of each domain, as layers of them or as copies of itself."""
+    more = new.num_domains - old.num_domains
+    return SchemaError(
+        f"a model with weights of each domain beside its adapters cannot take {more} more domains",
+        received=received,
+        next_step="Train it anew on all domains, or use a backbone with adapters",
+    )

@@ -5,47 +5,43 @@ Pretraining and adapting differ only in which parameters require a gradient and 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domlora.errors import ConfigError, DataError, EngineError, nearest
+from domlora.errors import ConfigError, DataError, nearest
 from domlora.evaluation.evaluate import Predictions
 from domlora.features.batch import Batch
+from domlora.files import only_one
 from domlora.training.average import Average
-from domlora.training.checkpoint import read_checkpoint, write_checkpoint
+from domlora.training.checkpoint import (
+    check_same_run,
+    flat,
+    in_parts,
+    read_checkpoint,
+    start_digest,
+    write_checkpoint,
+)
+from domlora.training.guard import Place, check_finite, explodes, lost_in
 from domlora.training.optimizers import Optimizer, OptimizerOptions
+from domlora.training.progress import Fit, OnProgress, Progress, Watcher
 from domlora.training.rows import Rows
 from domlora.training.validation import figures_of, say
 
-__all__ = ["Fit", "FitOptions", "Progress", "Rows", "Run", "fit", "loss_of"]
+__all__ = ["Fit", "FitOptions", "OnProgress", "Progress", "Rows", "Run", "Watcher", "fit", "loss_of"]
 
 Monitor = Literal["wauc", "macro_auc"]
 Schedule = Literal["constant", "cosine"]
-
-
-class Progress(NamedTuple):
-    """Where a run is: ``rows`` of ``total_rows`` in this epoch; ``value`` is the last validation figure, if any."""
-
-    epoch: int
-    rows: int
-    total_rows: int
-    loss: float
-    value: float | None
-    rows_per_second: float
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +78,6 @@ class FitOptions:
                 raise ConfigError("unknown option of fit", received=value, next_step=nearest(value, get_args(kind)))
 
 
-@dataclass(slots=True)
-class Fit:
-    """What a run found: the figure of the weights that the model now holds, and how it got there.
-
-    ``best_epoch`` counts passes over the data (a fraction when validating inside an epoch); 0 is the starting point.
-    ``history`` has one entry a validation: ``epoch``, ``loss`` (training), ``wauc``, ``macro_auc``, ``log_loss`` (valid).
-    """
-
-    best_value: float = -math.inf
-    best_epoch: float = 0.0
-    seconds: float = 0.0
-    rows_per_second: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
 def loss_of(logit: Tensor, batch: Batch) -> Tensor:
     """Binary cross entropy, weighted by ``batch.weight`` if there is one; a scalar."""
     return F.binary_cross_entropy_with_logits(logit, batch.label, weight=batch.weight)
@@ -125,12 +106,14 @@ def fit(
         checkpoint: a folder that is rewritten after each validation and, in long epochs, in between; if it is there already
             the run goes on from it and ends with the bits of an uninterrupted one.
         checkpoint_every_s: how old a checkpoint becomes at the most; 0 writes one after each step.
-        on_progress: called about ten times a second.
+        on_progress: called about ten times a second; a :class:`Watcher` is told of validations too.
 
     Raises:
         ConfigError: options that do not go together, or a checkpoint of another run.
-        EngineError: the loss is NaN or infinite.
-        DataError: the validation split has no domain with two classes.
+        EngineError: the loss explodes, or a weight is NaN or infinite (:mod:`domlora.training.guard`); the checkpoint is the
+            one before.
+        DataError: the validation split has no domain with two classes, another process runs on the checkpoint, or it cannot
+            be written.
     """
     if not checkpoint_every_s >= 0:
         raise ConfigError("checkpoint_every_s must be at least 0", received=checkpoint_every_s)
@@ -181,6 +164,9 @@ class Run:
         self.average = Average(model, options.average_decay)
         self.result = Fit()
         self.best: dict[str, Tensor] = {}
+        self.watcher = on_progress if isinstance(on_progress, Watcher) else None
+        if self.watcher is not None:
+            setattr(self, "say", partial(self.overheard, self.say))  # noqa: B010 - whatever say a kind of run has
         self.position = self.misses = self.steps = 0
         self.last_position = options.max_epochs * options.evaluations_per_epoch
         self.rows_per_epoch = data.num_rows("train")
@@ -200,11 +186,15 @@ class Run:
             "options": repr(self.options),
             "optimizer": repr(rules),
             "data": self.data.fingerprint(),
-            "start": _digest(self.model),
+            "start": start_digest(self.model),
         }
 
     def go(self, start_is_candidate: bool) -> Fit:
         """From the start, or from the checkpoint, to the end."""
+        with nullcontext() if self.checkpoint is None else only_one(self.checkpoint):
+            return self.run(start_is_candidate)
+
+    def run(self, start_is_candidate: bool) -> Fit:
         if self.checkpoint is not None and self.checkpoint.exists():
             self.restore(self.checkpoint)
         else:
@@ -234,7 +224,7 @@ class Run:
         """Train up to the next validation; gives the mean loss since the last one."""
         options = self.options
         epoch, number = divmod(self.position, options.evaluations_per_epoch)
-        first, last = (self.steps_per_epoch * n // options.evaluations_per_epoch for n in (number, number + 1))
+        first, last = self.first_step(number), self.first_step(number + 1)
         start = first + self.part.steps
         self.stepped.train()
         began = time.perf_counter()
@@ -243,10 +233,28 @@ class Run:
             self.part.add(batch.num_rows, loss, time.perf_counter() - began)
             self.report(epoch, first * options.batch_size)
             began = time.perf_counter()
+        self.check()
         done, self.part = self.part, _Part()
         self.result.seconds += done.seconds
         self.result.rows_per_second = done.rows / done.seconds
         return done.loss / done.rows
+
+    def first_step(self, number: int) -> int:
+        """Where in an epoch its part before validation ``number`` begins."""
+        return self.steps_per_epoch * number // self.options.evaluations_per_epoch
+
+    @property
+    def place(self) -> Place:
+        """Which batch comes next."""
+        epoch, number = divmod(self.position, self.options.evaluations_per_epoch)
+        return Place(epoch, self.first_step(number) + self.part.steps, self.steps)
+
+    @property
+    def usual_loss(self) -> float:
+        """The mean since the last validation, or the one that it told of."""
+        if self.part.rows:
+            return self.part.loss / self.part.rows
+        return self.result.history[-1]["loss"] if self.result.history else math.nan
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """What the steps of an epoch see, without the first ``start``."""
@@ -265,19 +273,21 @@ class Run:
 
     def save(self) -> None:
         if self.checkpoint is not None:
+            self.check()
             write_checkpoint(self.checkpoint, self.tensors(), self.facts())
             self.saved = time.perf_counter()
+
+    def check(self) -> None:
+        """Refuse weights that are no numbers; reads all of them, so it is not for each step."""
+        buffers = {name for model in (self.model, self.stepped) for name, _ in model.named_buffers()}
+        check_finite(self.tensors(), self.place, buffers)
 
     def step(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
         loss = loss_of(self.stepped(batch.ids, batch.dense, batch.domain), batch)
         value = loss.item()
-        if not math.isfinite(value):
-            raise EngineError(
-                f"the loss of step {self.steps} must be finite",
-                received=value,
-                next_step="Lower the learning rate, or look for infinite values in the data",
-            )
+        if explodes(value, self.usual_loss):
+            raise lost_in(self.place, value, self.usual_loss, self.stepped, batch, self.data.schema)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(self.lr_factor())
         self.steps += 1
@@ -300,6 +310,13 @@ class Run:
             self.result.best_value, self.result.best_epoch = value, epoch
             self.remember(model)
         self.show(int(epoch), self.rows_per_epoch, loss, self.result.rows_per_second)
+        if self.watcher is not None:
+            self.watcher.validated(self.result.history, self.heard)
+
+    def overheard(self, say: Callable[[nn.Module], Predictions], model: nn.Module) -> Predictions:
+        """What is judged, kept for the watcher."""
+        self.heard = say(model)
+        return self.heard
 
     @property
     def monitor(self) -> str:
@@ -343,8 +360,7 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: of a run that has ended the best weights alone."""
-        parts = {"best": self.best, **({} if self.ended else self.parts())}
-        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        return flat({"best": self.best, **({} if self.ended else self.parts())})
 
     def facts(self) -> dict[str, Any]:
         result = self.result
@@ -363,17 +379,8 @@ class Run:
 
     def restore(self, folder: Path) -> None:
         tensors, facts = read_checkpoint(folder)
-        for what, mine in self.identity.items():
-            if facts["identity"][what] != mine:
-                raise ConfigError(
-                    f"a run goes on only with the {what} it began with",
-                    received=mine,
-                    next_step=f"It began with {facts['identity'][what]}. Remove {folder} to begin again",
-                )
-        parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-        for key, tensor in tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = tensor
+        check_same_run(folder, facts["identity"], self.identity)
+        parts = in_parts(tensors)
         self.best = parts["best"]
         self.position, self.misses, self.steps = facts["position"], facts["misses"], facts["steps"]
         self.part = _Part(**facts.get("part", {}))  # checkpoints were once written after validations alone
@@ -382,15 +389,6 @@ class Run:
         self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]
         if not self.ended:
             self.load_parts(parts)
-
-
-def _digest(model: nn.Module) -> str:
-    """A sha256 over the weights at the start, their names and which of them move."""
-    found = hashlib.sha256(str([name for name, p in model.named_parameters() if p.requires_grad]).encode())
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

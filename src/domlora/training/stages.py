@@ -38,6 +38,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "Start",
+    "Updating",
     "adapt",
     "adapter_options_of",
     "pretrain",

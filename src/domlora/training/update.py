@@ -13,20 +13,24 @@ from torch import Tensor, nn
 from domlora.adapters.attach import freeze_
 from domlora.adapters.bank import adapter_parameters
 from domlora.bundle import Bundle
+from domlora.errors import DataError
 from domlora.evaluation.evaluate import Predictions, predict
 from domlora.evaluation.gate import Verdict, judge, remember
 from domlora.features.growth import check_grown
 from domlora.models.growth import Piece, grown, pieces_of
+from domlora.training.checkpoint import flat, in_parts, read_checkpoint
 from domlora.training.fit import Fit, OnProgress, Rows, Run
 from domlora.training.new_rows import EncodedRows
 from domlora.training.optimizers import OptimizerOptions, parameter_groups
 from domlora.training.replay import WithReplay
 from domlora.training.stages import Recipe, Updating, with_vectors
 
-__all__ = ["gate", "update"]
+__all__ = ["REMEMBERED", "gate", "update"]
 
 _SCORED = 16384  # rows of a batch that is not trained on
-_REMEMBERED = "auc"
+
+REMEMBERED = "auc"
+"""Where a bundle's ``facts`` keep what :func:`domlora.evaluation.gate.remember` found when it was published."""
 
 
 def update(
@@ -34,7 +38,7 @@ def update(
     data: EncodedRows,
     recipe: Recipe,
     *,
-    replay: Rows | None = None,
+    replay: EncodedRows | None = None,
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Bundle, Fit]:
@@ -48,15 +52,16 @@ def update(
         bundle: is not changed.
         data: rows prepared with ``--grow BUNDLE``, or with the bundle's own encoder.
         recipe: its ``update``.
-        replay: earlier rows, encoded by the bundle's encoder or one that it grew out of; ``replay_share`` of each batch.
+        replay: earlier rows, encoded by the bundle's encoder, the data's, or one that they grew out of; ``replay_share`` of
+            each batch.
         checkpoint, on_progress: as in :func:`domlora.training.fit.fit`.
 
     Returns:
         The bundle for the grown vocabulary, and what was found: ``best_epoch`` 0 is the model as it was.
 
     Raises:
-        SchemaError: the data's encoder did not grow out of the bundle's, or the base has weights of each domain and the day
-            brought a new one.
+        SchemaError: the data's encoder did not grow out of the bundle's, or out of that of the earlier rows; or the base has
+            weights of each domain and the day brought a new one.
 
     Example:
         >>> from domlora.data.synthetic import World
@@ -70,6 +75,8 @@ def update(
         2
     """
     check_grown(bundle.encoder, data.encoder)
+    if replay is not None:
+        check_grown(replay.encoder, data.encoder)
     rules = recipe.update
     options = with_vectors(bundle.model_options, data)
     torch.manual_seed(rules.fit.seed)
@@ -97,13 +104,27 @@ def gate(live: Bundle, candidate: Bundle, data: Rows, rules: Updating, split: st
     Ids that the live bundle does not know are out-of-vocabulary to it, as they were when the rows were shown.
 
     Returns:
-        The candidate with what the next day's gate needs among its ``facts``, and the verdict.
+        The candidate with what the next day's gate needs among its ``facts``, and the verdict. A domain with too few rows
+        today is remembered as it was.
+
+    Raises:
+        DataError: the split is empty.
     """
+    if not data.num_rows(split):
+        raise DataError(
+            f"a gate needs rows of the {split} split",
+            received=0,
+            next_step="Prepare the day with a split that has some",
+        )
     domains = candidate.encoder.schema.domains
     before = grown(live.model, live.model_options, live.encoder.schema, candidate.encoder.schema)
     old, new = (_say(model, data, split) for model in (before, candidate.model))
-    verdict = judge(old, new, domains, rules.gate, live.facts.get(_REMEMBERED))
-    facts = {**candidate.facts, _REMEMBERED: remember(new, domains), "gate": verdict.to_dict()}
+    known = live.facts.get(REMEMBERED, {})
+    verdict = judge(old, new, domains, rules.gate, known)
+    today = remember(new, domains)
+    enough = {name for name, found in today.items() if found["rarer"] >= rules.gate.min_rarer or name not in known}
+    remembered = {**known, **{name: today[name] for name in enough}}
+    facts = {**candidate.facts, REMEMBERED: remembered, "gate": verdict.to_dict()}
     return replace(candidate, facts=facts), verdict
 
 
@@ -118,7 +139,7 @@ def _tables(model: nn.Module) -> list[str]:
 
 
 class _Day(Run):
-    """A run whose checkpoint tells days of another policy apart."""
+    """A run whose checkpoint tells days of another policy apart, and has the optimizer's state when it has ended too."""
 
     def __init__(
         self, model: nn.Module, rows: Rows, rules: Updating, on_progress: OnProgress | None, checkpoint: Path | None
@@ -129,10 +150,18 @@ class _Day(Run):
     def identify(self, rules: OptimizerOptions) -> dict[str, str]:
         return {**super().identify(rules), "optimizer_state": self.policy}
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), **flat({"optimizer": self.optimizer.state()})}
+
+    def restore(self, folder: Path) -> None:
+        super().restore(folder)
+        if self.ended:  # killed before its bundle was written
+            self.optimizer.load_state(in_parts(read_checkpoint(folder)[0])["optimizer"])
+
 
 def _moved(state: Mapping[str, Tensor], pieces: Mapping[str, list[Piece]], model: nn.Module) -> dict[str, Tensor]:
     """What an optimizer remembers, with the rows of grown tables and banks where they are now; new ones remember nothing."""
-    heights = {name: len(p) for name, p in model.named_parameters()}
+    heights = {name: len(p) for name, p in model.named_parameters() if p.dim()}
     banks = {name for name, _ in adapter_parameters(model)}
     moved = {}
     for key, tensor in state.items():

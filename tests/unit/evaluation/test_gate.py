@@ -40,8 +40,9 @@ def test_only_the_domain_that_falls_is_named() -> None:
 
 
 def test_a_fall_within_chance_or_within_the_limit_passes() -> None:
-    live, other = said((1, 1, 1), rows=120), said((1.05, 1.05, 1.05), rows=120)
-    assert judge(live, other, DOMAINS, Limits(max_fall=0.0, z=4)).passed
+    live, other = said((1, 1, 1), rows=600), said((1.05, 1.05, 1.05), rows=600)
+    assert judge(live, other, DOMAINS, Limits(max_fall=0.0, z=20)).passed
+    assert not judge(live, other, DOMAINS, Limits(max_fall=0.0, z=1)).passed
     live, other = said((1, 1, 1), rows=30_000), said((1.3, 1, 1), rows=30_000)
     assert not judge(live, other, DOMAINS).passed
     assert judge(live, other, DOMAINS, Limits(max_fall=0.5)).passed
@@ -65,6 +66,68 @@ def test_too_few_rows_are_not_judged() -> None:
     assert verdict.domains[3].num_rows == 0
     assert verdict.passed
     assert set(remember(one_class, DOMAINS)) == {"app", "web"}
+    worse = said((1, 9, 1), rows=120)
+    assert judge(said((1, 1, 1), rows=120), worse, DOMAINS).passed
+    assert not judge(said((1, 1, 1), rows=120), worse, DOMAINS, Limits(min_rarer=5)).passed
+    before = remember(said((0.5, 0.5, 0.5), rows=120), DOMAINS)
+    today = said((0.5, 9, 0.5), seed=2)
+    assert judge(today, today, DOMAINS, remembered=before).passed, "what is remembered is chance"
+
+
+@pytest.mark.parametrize("least", [0, 1, 2])
+def test_a_domain_of_one_class_is_never_judged(least: int) -> None:
+    few = said((1, 1, 1))
+    one_class = few._replace(label=np.where(few.domain == 2, 1, few.label).astype("f4"))
+    verdict = judge(one_class, one_class, (*DOMAINS, "radio"), Limits(min_rarer=least))
+    assert [row.status for row in verdict.domains] == ["passed", "passed", "unjudged", "unjudged"]
+
+
+def test_reversed_labels_are_named_though_the_candidate_has_learned_them() -> None:
+    rows = said((0.5, 0.5, 0.5))
+    label = np.where(rows.domain == 1, 1 - rows.label, rows.label).astype("f4")
+    live = rows._replace(label=label)
+    learned = live._replace(probability=np.where(rows.domain == 1, 1 - rows.probability, rows.probability))
+    for before in (None, remember(rows, DOMAINS)):
+        verdict = judge(live, learned, DOMAINS, remembered=before)
+        assert [row.status for row in verdict.domains] == ["passed", "reversed", "passed"]
+        assert verdict.reasons[0].startswith("web: AUC of the live model is")
+    coins = said((99, 99, 99), seed=4)
+    assert judge(coins, coins, DOMAINS).passed, "a live model that knows nothing is not reversed"
+
+
+def test_all_domains_together_may_fall_by_more_than_chance() -> None:
+    live = said((1, 1, 1))
+    noise = 0.4 * np.random.default_rng(10).standard_normal(3000)
+    other = live._replace(probability=1 / (1 + np.exp(noise) * (1 / live.probability - 1)))
+    limits = Limits(z=3.0)
+    verdict = judge(live, other, DOMAINS, limits)
+    assert all(row.status == "passed" for row in verdict.domains), "each is within its chance"
+    (reason,) = verdict.reasons
+    assert reason.startswith("all judged domains: WAUC falls by")
+    assert judge(other, live, DOMAINS, limits).passed
+
+
+def test_clicks_that_are_no_longer_recorded_are_a_warning() -> None:
+    rows = said((1, 1, 1))
+    rows = rows._replace(probability=1 / (1 + np.exp(0.5) * (1 / rows.probability - 1)))  # calibrated
+    assert judge(rows, rows, DOMAINS).warnings == []
+    silent = rows._replace(label=np.where(rows.domain == 1, 0, rows.label).astype("f4"))
+    verdict = judge(silent, silent, DOMAINS)
+    assert verdict.passed
+    (warning,) = verdict.warnings
+    assert warning == f"web: 0 clicks in 1,000 rows, and the candidate expects {verdict.domains[1].expected:.1f}"
+    assert f"- warning: {warning}" in verdict.to_markdown()
+    high = rows._replace(probability=np.where(rows.domain == 0, rows.probability**0.3, rows.probability))
+    assert [line[:4] for line in judge(rows, high, DOMAINS).warnings] == ["app:"]
+    assert judge(rows, high, DOMAINS, Limits(max_miscalibration=9.0)).warnings == []
+
+
+def test_rows_that_judge_nothing_say_so() -> None:
+    rows = said((1, 1, 1))
+    silent = rows._replace(label=np.zeros_like(rows.label), probability=np.full_like(rows.probability, 1e-6))
+    verdict = judge(silent, silent, DOMAINS)
+    assert verdict.warnings == ["no domain has rows enough to be judged"]
+    assert json.loads(json.dumps(verdict.to_dict(), allow_nan=False))["wauc"] == [None, None]
 
 
 def test_rows_of_no_domain_do_not_count() -> None:
@@ -94,5 +157,7 @@ def test_calibration_is_told() -> None:
 def test_other_rows_and_limits_are_refused() -> None:
     with pytest.raises(DataError, match="same rows"):
         judge(said((1, 1, 1)), said((1, 1, 1), rows=300), DOMAINS)
+    with pytest.raises(DataError, match="same rows"):
+        judge(said((1, 1, 1)), said((1, 1, 1))._replace(label=said((1, 1, 1), seed=2).label), DOMAINS)
     with pytest.raises(ConfigError, match="at least 0"):
         Limits(max_fall=-1)

@@ -89,10 +89,31 @@ def test_a_new_domain_is_scored_as_the_base_and_the_others_as_before(adapters: b
         assert all(len(bank) == 3 for _, bank in adapter_parameters(after))
 
 
-def test_weights_of_each_domain_refuse_another_one() -> None:
-    options = {"name": "star", "hidden_units": [8, 4], "embedding_dim": 4}
-    with pytest.raises(SchemaError, match=r"cannot take 1 more domains.*Received.*Train it anew"):
-        grown(trained(options, False), options, OLD, replace(OLD, domains=("app", "web", "tv")))
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_another_domain_changes_no_score_or_is_refused(name: str) -> None:
+    options, new = (
+        {"name": name, "hidden_units": [8, 4], "embedding_dim": 4},
+        replace(OLD, domains=("app", "web", "tv")),
+    )
+    model = trained(options, False)
+    if ".multi_domain." in type(model).__module__ and name != "adaptdhm":  # whose weights belong to clusters of domains
+        with pytest.raises(SchemaError, match=r"cannot take 1 more domains.*Received.*Train it anew"):
+            grown(model, options, OLD, new)
+        return
+    after = grown(model, options, OLD, new).eval()
+    ids, dense, domain = rows(OLD)
+    for asked in (domain, torch.full_like(domain, -1)):
+        assert torch.equal(after(ids, dense, asked), model(ids, dense, asked))
+    assert torch.equal(after(ids, dense, torch.full_like(domain, 2)), model(ids, dense, torch.full_like(domain, -1)))
+
+
+def test_copies_of_a_model_grow_and_refuse_another_domain() -> None:
+    options = {"name": "mlp", "hidden_units": [8, 4], "embedding_dim": 4, "per_domain": True}
+    model, (ids, dense, domain) = trained(options, False), rows(OLD)
+    after = grown(model, options, OLD, larger(OLD, user=3)).eval()
+    assert torch.equal(after(ids, dense, domain), model(ids, dense, domain))
+    with pytest.raises(SchemaError, match="cannot take 1 more domains"):
+        grown(model, options, OLD, replace(OLD, domains=("app", "web", "tv")))
 
 
 @pytest.mark.parametrize("given", ["none", "vectors"])

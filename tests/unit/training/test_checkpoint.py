@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,3 +105,53 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 def test_facts_can_be_read_by_people(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", TENSORS, FACTS)
     assert json.loads((tmp_path / "run" / "checkpoint.json").read_text(encoding="utf-8"))["position"] == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_leaves_the_old_one(small_disk: Path) -> None:
+    write_checkpoint(small_disk / "run", TENSORS, FACTS)
+    with pytest.raises(DataError, match=r"must have room for the output \(No space left on device\).*is as it was"):
+        write_checkpoint(small_disk / "run", {"x": torch.zeros(1_000_000)}, FACTS)
+    assert read_checkpoint(small_disk / "run")[1] == FACTS
+    assert [path.name for path in small_disk.iterdir()] == ["run"]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from domlora.errors import DataError
+from domlora.training.checkpoint import write_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    write_checkpoint(Path(sys.argv[1]), {"x": torch.zeros(1_000_000)}, {})
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_limit_on_the_size_of_files_leaves_the_old_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", TENSORS, FACTS)
+    words = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "must have room for the output (File too large)" in said
+    assert read_checkpoint(tmp_path / "run")[1] == FACTS
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_one_that_may_not_be_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", TENSORS, FACTS)
+    (tmp_path / "run" / "checkpoint.json").chmod(0)
+    with pytest.raises(DataError, match="must be readable"):
+        read_checkpoint(tmp_path / "run")

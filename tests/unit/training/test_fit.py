@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 from domlora.adapters.attach import attach_, freeze_
 from domlora.data.dataset import Dataset
 from domlora.errors import ConfigError, DataError, DomloraError, EngineError
-from domlora.evaluation.evaluate import predict
+from domlora.evaluation.evaluate import Predictions, predict
 from domlora.evaluation.metrics import log_loss, macro_auc, wauc
 from domlora.features.batch import Batch
-from domlora.training.checkpoint import write_checkpoint
+from domlora.files import only_one
+from domlora.training.checkpoint import read_checkpoint, write_checkpoint
 from domlora.training.fit import Fit, FitOptions, Progress, fit, loss_of
 from domlora.training.optimizers import Optimizer, OptimizerOptions, Rule
+from domlora.training.validation import figures_of
 
 QUICK = FitOptions(batch_size=128, max_epochs=3, patience=9)
 FAST = OptimizerOptions(Rule(lr=0.01), Rule(lr=0.01), Rule(lr=0.01))
-LIKE_MAD = OptimizerOptions(Rule(lr=50.0), Rule(lr=50.0), Rule(lr=50.0))
+LIKE_MAD = OptimizerOptions(*[Rule(lr=1.0)] * 3)
 
 
 def scores(model: nn.Module, data: Dataset) -> dict[str, float]:
@@ -285,7 +288,7 @@ class Exploding(nn.Module):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(data: Dataset, value: float) -> None:
     model = Exploding(value)
-    with pytest.raises(EngineError, match=r"step 2 must be finite.*Lower the learning rate"):
+    with pytest.raises(EngineError, match=r"step 2 .*must be finite.*Lower the learning rate"):
         fit(model, data, QUICK, FAST)
     assert model.weight.isfinite().all()
 
@@ -593,3 +596,134 @@ def test_rows_need_no_dataset(click: Any, data: Dataset) -> None:
                 yield rows.take(slice(first, min(first + batch_size, 200)))
 
     assert len(fit(click(), Rows(), QUICK, FAST).history) == 3
+
+
+# a run that goes wrong
+
+
+def broken_at(data: Dataset, row: int, **columns: Any) -> Dataset:
+    """The rows with one of the training split changed."""
+    train = data.read("train")
+    changed = train._replace(**{name: tensor.clone() for name, tensor in train._asdict().items() if tensor is not None})
+    for name, value in columns.items():
+        getattr(changed, name)[row] = value
+    return Dataset.from_batches(data.schema, {"train": changed, "valid": data.read("valid")})
+
+
+class Plain(nn.Module):
+    """Without a normalisation, which would spread a bad value over its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
+        return self.head(dense).squeeze(1)
+
+
+def batch_with(rows: Dataset, options: FitOptions, epoch: int, is_bad: Any) -> int:
+    found = rows.batches("train", options.batch_size, seed=options.seed, epoch=epoch)
+    return next(number for number, batch in enumerate(found) if is_bad(batch.dense))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_value_is_named_with_its_batch_and_feature(data: Dataset, tmp_path: Path, value: float) -> None:
+    rows = broken_at(data, 17, dense=torch.tensor([0.0, value, 0.0, 0.0]))
+    number = batch_with(rows, QUICK, 0, lambda dense: not dense.isfinite().all())
+    name = data.schema.numeric[1].name
+    told = (
+        rf"step {number} \(epoch 0, batch {number} of it\) must be finite: dense feature '{name}' is not finite in 1 of"
+    )
+    with pytest.raises(EngineError, match=told):
+        fit(Plain(), rows, QUICK, FAST, checkpoint=tmp_path / "run", checkpoint_every_s=0)
+    assert read_checkpoint(tmp_path / "run")[1]["steps"] == number  # the state just before
+    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path / "run")[0].values() if t.is_floating_point())
+
+
+def test_a_loss_that_explodes_is_named_with_its_batch_and_largest_value(data: Dataset) -> None:
+    rows = broken_at(data, 17, dense=torch.tensor([0.0, 0.0, 1e6, 0.0]), label=0.0)
+    model, number = Plain(), batch_with(rows, QUICK, 0, lambda dense: bool((dense > 1e5).any()))
+    with torch.no_grad():
+        model.head.weight.fill_(0.1)
+    name = data.schema.numeric[2].name
+    told = rf"batch {number} of it\) must not explode.*largest dense value is 1e\+06, feature '{name}'"
+    with pytest.raises(EngineError, match=told):
+        fit(model, rows, QUICK, FAST)
+
+
+def test_a_learning_rate_that_explodes_is_caught_at_the_next_step(click: Any, data: Dataset) -> None:
+    with pytest.raises(EngineError, match=r"the loss of step [12] .*must not explode.*Lower the learning rate"):
+        fit(click(), data, QUICK, OptimizerOptions(*[Rule(lr=1e4)] * 3))
+
+
+def test_columns_that_nobody_scaled_are_no_explosion(data: Dataset) -> None:
+    train = data.read("train")
+    rows = Dataset.from_batches(
+        data.schema, {"train": train._replace(dense=train.dense * 1e4), "valid": data.read("valid")}
+    )
+    assert fit(Plain(), rows, QUICK, FAST).history[0]["loss"] > 100
+
+
+class BreaksARow(nn.Module):
+    """A table whose row 0 gets a gradient that is not finite from a loss that is, and is never read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head, self.calls = nn.Embedding(2, 4), nn.Linear(4, 1), 0
+
+    def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
+        self.calls += self.training
+        logit = self.head(dense).squeeze(1)
+        if self.calls == 4 and self.training:
+            logit = logit + (self.table.weight[0] * 0.0).norm()  # the root of 0 has no slope
+            self.table.weight.register_hook(lambda grad: torch.full_like(grad, math.nan))
+        return logit
+
+
+@pytest.mark.parametrize(("every_s", "kept"), [(0.0, 3), (600.0, 2)])
+def test_broken_weights_are_never_kept(data: Dataset, tmp_path: Path, every_s: float, kept: int) -> None:
+    options = replace(QUICK, evaluations_per_epoch=3)  # of 8 steps, the first after 2
+    with pytest.raises(EngineError, match=r"weights must be finite before step \d+.*model/table\.weight"):
+        fit(BreaksARow(), data, options, FAST, checkpoint=tmp_path / "run", checkpoint_every_s=every_s)
+    tensors, facts = read_checkpoint(tmp_path / "run")
+    assert facts["steps"] == kept
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_infinite_buffers_are_no_error(data: Dataset, tmp_path: Path) -> None:
+    model = Plain()
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    fit(model, data, QUICK, FAST, checkpoint=tmp_path / "run", checkpoint_every_s=0)
+
+
+# two runs, and disks
+
+
+def test_a_checkpoint_in_use_is_refused_at_once(click: Any, data: Dataset, tmp_path: Path) -> None:
+    with only_one(tmp_path / "run"), pytest.raises(DataError, match=rf"process {os.getpid()} is writing this one"):
+        fit(click(), data, QUICK, FAST, checkpoint=tmp_path / "run")
+    fit(click(), data, QUICK, FAST, checkpoint=tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.entries: list[dict[str, float]] = []
+        self.said: list[Predictions] = []
+
+    def __call__(self, progress: Progress) -> None:
+        pass
+
+    def validated(self, history: list[dict[str, float]], said: Predictions) -> None:
+        self.entries.append(history[-1])
+        self.said.append(said)
+
+
+def test_a_watcher_hears_each_validation_and_changes_nothing(click: Any, data: Dataset, digest: Any) -> None:
+    plain, watched, heard = click(), click(), Heard()
+    expected = fit(plain, data, QUICK, FAST)
+    found = fit(watched, data, QUICK, FAST, on_progress=heard)
+    assert heard.entries == found.history
+    assert figures(found) == figures(expected)
+    assert digest(watched) == digest(plain)
+    assert [figures_of(said)["wauc"] for said in heard.said] == [entry["wauc"] for entry in found.history]

@@ -25,7 +25,7 @@ from domlora.training.validation import scores_of
 
 MODEL: dict[str, Any] = {"name": "mlp", "embedding_dim": 3, "hidden_units": [8, 4], "dropout": 0.3}
 STAGE = Stage(FitOptions(batch_size=64, max_epochs=4, patience=9), OptimizerOptions(*[Rule(lr=0.02)] * 3))
-MAD = Stage(STAGE.fit, OptimizerOptions(*[Rule(lr=1e5)] * 3))
+MAD = Stage(STAGE.fit, OptimizerOptions(*[Rule(lr=1.0)] * 3))
 NEVER = Stage(replace(STAGE.fit, max_epochs=1), OptimizerOptions(*[Rule(lr=1e-30)] * 3))
 ADAPTER, RULES = AdapterOptions(rank=2), Mixture(experts=STAGE, gate=STAGE)
 

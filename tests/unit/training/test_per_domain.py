@@ -27,7 +27,7 @@ from domlora.training.validation import scores_of
 
 MODEL: dict[str, Any] = {"name": "mlp", "embedding_dim": 3, "hidden_units": [8, 4], "dropout": 0.3}
 STAGE = Stage(FitOptions(batch_size=64, max_epochs=4, patience=9), OptimizerOptions(*[Rule(lr=0.02)] * 3))
-MAD = Stage(STAGE.fit, OptimizerOptions(*[Rule(lr=1e4)] * 3))
+MAD = Stage(STAGE.fit, OptimizerOptions(*[Rule(lr=0.5)] * 3))
 
 
 def base_of(data: Dataset) -> nn.Module:

@@ -48,7 +48,7 @@ def figures(found: Fit) -> str:
 def absurd(recipe: Recipe) -> Recipe:
     """The second stage at a learning rate that wrecks any model."""
     stage = recipe.adapt
-    rule = replace(stage.optimizer.adapters, lr=1e4)
+    rule = replace(stage.optimizer.adapters, lr=0.5)
     return replace(recipe, adapt=replace(stage, optimizer=replace(stage.optimizer, adapters=rule)))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from domlora.adapters.attach import attach_
 from domlora.adapters.bank import adapter_parameters, base_state
 from domlora.bundle import Bundle
 from domlora.data.dataset import Dataset
@@ -17,12 +18,15 @@ from domlora.errors import ConfigError, DataError, SchemaError
 from domlora.evaluation.evaluate import predict
 from domlora.features.batch import Batch
 from domlora.features.encode import Encoder
-from domlora.features.schema import Feature, Schema
+from domlora.features.schema import OOV_ID, Feature, Schema
+from domlora.layers.experts import DomainEmbedding
+from domlora.models.build import MODELS, build_model
+from domlora.models.growth import pieces_of
 from domlora.training.fit import FitOptions
 from domlora.training.optimizers import OptimizerOptions, Rule
 from domlora.training.replay import WithReplay
 from domlora.training.stages import Recipe, Stage, Updating, pretrain
-from domlora.training.update import gate, update
+from domlora.training.update import REMEMBERED, gate, update
 
 OPTIONS: dict[str, Any] = {"name": "deepfm", "hidden_units": [8, 4], "embedding_dim": 4, "dropout": 0.0}
 FAST = OptimizerOptions(tables=Rule("lazy_adam", lr=0.05), adapters=Rule("lazy_adam", lr=0.01))
@@ -56,6 +60,20 @@ def day(
     return Dataset.from_batches(encoded.schema, splits, encoded)
 
 
+def world(users_known: int, users: list[int] | None = None, domains: list[int] | None = None) -> Dataset:
+    """Features of every kind, labels that follow the user; the same rows to learn from and to validate on."""
+    item, seen = Feature("item", num_ids=5), Feature("seen", kind="sequence", num_ids=5, share="item", max_length=3)
+    features = (Feature("user", num_ids=users_known), item, Feature("age", kind="numeric"), seen)
+    schema = Schema(features, domains=("app", "web"))
+    dice = np.random.default_rng(1)
+    user = dice.choice(users or range(2, users_known), 256)
+    others = dice.integers(2, 5, (256, 4))
+    label = (dice.random(256) < np.where(user % 2, 0.8, 0.2)).astype("f4")
+    ids, dense = np.concatenate([user[:, None], others], 1), dice.standard_normal((256, 1)).astype("f4")
+    rows = Batch(*map(torch.from_numpy, (ids, dense, dice.choice(domains or [0, 1], 256), label)))
+    return Dataset.from_batches(schema, {"train": rows, "valid": rows})
+
+
 @pytest.fixture(scope="module")
 def live() -> Bundle:
     first = day(range(10), encoder(10), seed=1)
@@ -82,9 +100,11 @@ def test_tables_and_adapters_move_and_the_rest_stands_still(live: Bundle, second
     assert all(parameter.requires_grad for parameter in updated.model.parameters())
 
 
-def test_rows_that_the_day_does_not_read_keep_their_bits(live: Bundle) -> None:
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+def test_rows_that_the_day_does_not_read_keep_their_bits(live: Bundle, average_decay: float) -> None:
     today = day(range(5, 15), encoder(15), seed=2, users=range(20))
-    updated, _ = update(live, today, RECIPE)
+    rules = replace(RECIPE.update, fit=replace(RECIPE.update.fit, average_decay=average_decay))
+    updated, _ = update(live, today, replace(RECIPE, update=rules))
     for name, before in base_state(live.model).items():
         if "embedding" in name or "table" in name:
             after = base_state(updated.model)[name]
@@ -151,6 +171,44 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(live: Bundle, secon
     assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), again.model.parameters(), strict=True))
 
 
+def test_killed_after_training_it_still_knows_the_moments(live: Bundle, second: Dataset, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, update=replace(RECIPE.update, optimizer_state="carry"))
+    first, _ = update(live, second, recipe, checkpoint=tmp_path / "run")
+    again, _ = update(live, second, recipe, checkpoint=tmp_path / "run")
+    assert first.optimizer
+    assert first.optimizer.keys() == again.optimizer.keys()
+    assert all(torch.equal(tensor, again.optimizer[key]) for key, tensor in first.optimizer.items())
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_moves_what_the_day_touches_and_nothing_else(name: str, adapters: bool) -> None:
+    began, options = world(6), {"name": name, "hidden_units": [8, 4], "embedding_dim": 4}
+    torch.manual_seed(1)
+    model = build_model(schema=began.schema, **options)
+    if adapters:
+        attach_(model, 2, include=["tower.*"])
+    today = world(8, users=[2, 3, 7], domains=[0])
+    rules = Updating(FitOptions(max_epochs=4, batch_size=32), FAST, replay_share=0.0)
+    updated, found = update(Bundle(model, options, began.encoder), today, Recipe(update=rules))
+    assert found.best_epoch > 0
+    before, after, pieces = base_state(model), base_state(updated.model), pieces_of(model, updated.model)
+    for table, (user, *_) in pieces.items():
+        kept = slice(user.old + 4, user.old + 6), slice(user.new + 4, user.new + 6)
+        assert torch.equal(after[table][kept[1]], before[table][kept[0]]), "users 4 and 5"
+    assert any(not torch.equal(after[t][p[0].new + 7], before[t][p[0].old + OOV_ID]) for t, p in pieces.items()), (
+        "user 7"
+    )
+    vectors = {f"{part}.weight" for part, module in model.named_modules() if isinstance(module, DomainEmbedding)}
+    for still in before.keys() - pieces.keys() - vectors:
+        assert torch.equal(after[still], before[still]), still
+    assert all(torch.equal(after[each][1], before[each][1]) for each in vectors), "a domain without rows"
+    banks = dict(adapter_parameters(updated.model))
+    assert all(torch.equal(banks[bank][1], rows[1]) for bank, rows in adapter_parameters(model)), (
+        "a domain without rows"
+    )
+
+
 def test_earlier_rows_fill_each_batch(live: Bundle, second: Dataset) -> None:
     first = day(range(10), encoder(10), seed=1, rows=333)
     both = WithReplay(second, first, 0.25, 100)
@@ -177,7 +235,10 @@ def test_other_words_or_columns_are_refused(live: Bundle, second: Dataset) -> No
         {"train": second.read("train")._replace(ids=second.read("train").ids[:, :1])},
     )
     with pytest.raises(DataError, match="columns of the new ones"):
-        update(live, second, RECIPE, replay=narrow)
+        WithReplay(second, narrow, 0.5, 100)
+    earlier = Dataset.from_batches(second.schema, {"train": second.read("train")}, other)
+    with pytest.raises(SchemaError, match=r"words of feature 'user'"):
+        update(live, second, RECIPE, replay=earlier)
     with pytest.raises(ConfigError, match="replay_share"):
         Updating(replay_share=1.0)
 
@@ -198,3 +259,44 @@ def test_the_gate_names_the_domain_whose_labels_are_shuffled(live: Bundle, secon
     assert not verdict.passed
     assert [row.status for row in verdict.domains] == ["passed", "drifted"]
     assert verdict.reasons[0].startswith("web: AUC was")
+
+
+def test_a_day_of_reversed_labels_is_stopped_though_it_is_learned(live: Bundle) -> None:
+    honest = day(range(10), live.encoder, seed=6)
+    splits = {split: honest.read(split) for split in ("train", "valid", "test")}
+    splits = {split: rows._replace(label=1 - rows.label) for split, rows in splits.items()}
+    spoiled = Dataset.from_batches(honest.schema, splits, live.encoder)
+    updated, _ = update(live, spoiled, RECIPE)
+    _, verdict = gate(live, updated, spoiled, RECIPE.update)
+    assert all(row.candidate > 0.7 for row in verdict.domains)
+    assert [row.status for row in verdict.domains] == ["reversed", "reversed"]
+
+
+def test_a_domain_that_a_spoiled_neighbour_drags_down_is_named_too(live: Bundle) -> None:
+    honest = day(range(10), live.encoder, seed=6)
+    splits = {split: honest.read(split) for split in ("train", "valid", "test")}
+    spoiled = Dataset.from_batches(
+        honest.schema,
+        {s: r._replace(label=torch.where(r.domain == 1, 1 - r.label, r.label)) for s, r in splits.items()},
+        live.encoder,
+    )
+    updated, _ = update(live, spoiled, RECIPE)
+    _, verdict = gate(live, updated, spoiled, RECIPE.update)
+    assert [row.status for row in verdict.domains] == ["fell", "reversed"]
+    assert [reason.split(":")[0] for reason in verdict.reasons[:2]] == ["app", "web"]
+
+
+def test_a_domain_without_rows_today_is_remembered_as_it_was(live: Bundle) -> None:
+    whole = day(range(10), live.encoder, seed=5)
+    published, _ = gate(live, live, whole, RECIPE.update)
+    test = whole.read("test")
+    label = torch.where(test.domain == 1, 0.0, test.label)
+    label[(test.domain == 1).nonzero()[:5, 0]] = 1.0
+    app = test._replace(label=label)
+    quiet = Dataset.from_batches(whole.schema, {"train": whole.read("train"), "test": app}, live.encoder)
+    after, verdict = gate(published, published, quiet, RECIPE.update)
+    assert verdict.domains[1].status == "unjudged"
+    assert after.facts[REMEMBERED]["web"] == published.facts[REMEMBERED]["web"]
+    empty = Dataset.from_batches(whole.schema, {"train": whole.read("train")}, live.encoder)
+    with pytest.raises(DataError, match=r"rows of the test split.*Prepare the day"):
+        gate(live, live, empty, RECIPE.update)

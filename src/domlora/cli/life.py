@@ -1,0 +1,165 @@
+"""Verbs of a bundle that lives: ``onboard``, ``update``, ``export``, ``merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from domlora.cli.options import (
+    ConfigFile,
+    Data,
+    Out,
+    Overwrite,
+    Settings,
+    Threads,
+    Version,
+    check_same_encoder,
+    checkpoint_of,
+    drop_checkpoint,
+    refuse_existing,
+    use_threads,
+)
+from domlora.terminal import STDERR, STDOUT, training_bar
+
+if TYPE_CHECKING:
+    from domlora.data.dataset import Dataset
+    from domlora.features.batch import Batch
+
+__all__ = ["export", "merge", "onboard", "update"]
+
+_STOPPED_BY_GATE = 3
+
+Living = Annotated[Path, typer.Option("--bundle", help="Bundle; a version is added to it.")]
+Read = Annotated[Path, typer.Option("--bundle", help="Bundle to read.")]
+Candidate = Annotated[bool, typer.Option("--candidate", help="Leave the default version as it is.")]
+
+
+def onboard(
+    bundle: Living,
+    data: Data,
+    domain: Annotated[str, typer.Option("--domain", help="The new domain, by its name in the data.")],
+    config: ConfigFile = None,
+    settings: Settings = None,
+    threads: Threads = 1,
+    candidate: Candidate = False,
+) -> None:
+    """Give a trained model one domain more: an adapter on the frozen base, one small file.
+
+    Prepare its rows with `domlora prepare ... --grow BUNDLE`. All other domains keep every bit of their scores.
+    """
+    from domlora.bundle import Bundle
+    from domlora.config import load_config
+    from domlora.data.dataset import Dataset
+    from domlora.files import only_one
+    from domlora.training.onboard import onboard as run
+
+    use_threads(threads)
+    recipe = load_config(config, settings or ()).train
+    with only_one(bundle):
+        opened, rows = Bundle.open(bundle), Dataset.open(data)
+        with training_bar() as show:
+            grown, found = run(opened, rows, domain, recipe, checkpoint=checkpoint_of(bundle), on_progress=show)
+        number = grown.publish(bundle, default=not candidate)
+        drop_checkpoint(bundle)
+    STDOUT.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    _say_published(bundle, number, default=not candidate)
+
+
+def update(
+    bundle: Living,
+    data: Data,
+    config: ConfigFile = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="Earlier prepared data, for train.update.replay_share of each batch."),
+    ] = None,
+    settings: Settings = None,
+    threads: Threads = 1,
+    candidate: Candidate = False,
+) -> None:
+    """Learn a new day: embeddings and adapters move, the dense backbone stands still.
+
+    Prepare its rows with `domlora prepare ... --grow BUNDLE`. The result becomes the default version if no domain falls by
+    more than its limit on the test split. Otherwise it is kept as a candidate, domains are named, and the exit code is 3.
+    """
+    from domlora.bundle import Bundle
+    from domlora.config import load_config
+    from domlora.data.dataset import Dataset
+    from domlora.files import only_one
+    from domlora.training.update import gate
+    from domlora.training.update import update as run
+
+    use_threads(threads)
+    recipe = load_config(config, settings or ()).train
+    with only_one(bundle):
+        live, rows = Bundle.open(bundle), Dataset.open(data)
+        earlier = None if replay is None else Dataset.open(replay)
+        with training_bar() as show:
+            updated, found = run(live, rows, recipe, replay=earlier, checkpoint=checkpoint_of(bundle), on_progress=show)
+        updated, verdict = gate(live, updated, rows, recipe.update)
+        updated.facts |= {"method": "update", "data": rows.fingerprint(), "valid": found.best_value}
+        default = verdict.passed and not candidate
+        number = updated.publish(bundle, default=default)
+        drop_checkpoint(bundle)
+    STDOUT.print(verdict.to_markdown(), markup=False, highlight=False, soft_wrap=True)
+    for reason in verdict.reasons:
+        STDERR.print(f"stopped by {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _say_published(bundle, number, default=default)
+    if not verdict.passed:
+        raise typer.Exit(_STOPPED_BY_GATE)
+
+
+def export(
+    bundle: Read,
+    data: Data,
+    out: Out,
+    version: Version = None,
+    rows: Annotated[int, typer.Option("--rows", help="Rows of the validation split to compare on.")] = 1000,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a bundle as ONNX: tables as memory-mapped data, adapters as inputs that are swapped without a new export.
+
+    Both graphs are compared with the model on rows of every domain before anything is written.
+    """
+    from domlora.bundle import Bundle
+    from domlora.data.dataset import Dataset
+    from domlora.serving.export import export as run
+
+    refuse_existing(out, overwrite)
+    opened, prepared = Bundle.open(bundle, version=version), Dataset.open(data)
+    check_same_encoder(opened, prepared)
+    made = run(opened, out, _samples(prepared, rows), overwrite=overwrite)
+    STDOUT.print(f"{made}\nwrote {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def merge(
+    bundle: Read,
+    domain: Annotated[str, typer.Option("--domain", help="Whose adapter.")],
+    out: Out,
+    version: Version = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold one domain's adapter into the base: a plain model for that domain alone, as a bundle of its own."""
+    from domlora.bundle import Bundle
+    from domlora.serving.merge import merge as run
+
+    refuse_existing(out, overwrite)
+    run(Bundle.open(bundle, version=version), domain).save(out, overwrite=overwrite)
+    STDOUT.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _samples(data: Dataset, rows: int) -> list[Batch]:
+    batches, found = data.batches("valid", min(rows, 4096)), []
+    for batch in batches:
+        found.append(batch)
+        rows -= batch.num_rows
+        if rows <= 0:
+            break
+    return found
+
+
+def _say_published(bundle: Path, number: int, *, default: bool) -> None:
+    what = "now the default" if default else f"a candidate: domlora bundle set-default {bundle} {number}"
+    STDOUT.print(f"wrote version {number} of {bundle}, {what}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""A bundle as graphs that answer without torch."""
