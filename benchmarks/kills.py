@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from domlora.bundle import Bundle, versions
-from domlora.cli.options import checkpoint_of
 from domlora.training.checkpoint import read_checkpoint
 
 __all__ = ["Trial", "prepared", "trials_of", "try_kills"]
@@ -170,7 +169,8 @@ def look(trial: Trial) -> None:
     try:
         if trial.out.exists():
             Bundle.open(trial.out)
-        checkpoints = [path.parent for path in checkpoint_of(trial.out).rglob("checkpoint.json")]
+        places = trial.out.parent.glob(f".{trial.out.name}*.checkpoint")
+        checkpoints = [path.parent for place in places for path in place.rglob("checkpoint.json")]
         for checkpoint in checkpoints:
             read_checkpoint(checkpoint)
         trial.readable += 1

@@ -56,12 +56,9 @@ def walked(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_step_leaves_a_folder_that_describes_itself(walked: Path) -> None:
-    for name in ("data", "base", "adapted"):
-        assert json.loads((walked / name / "manifest.json").read_text(encoding="utf-8"))["files"]
-    assert sorted(path.name for path in (walked / "adapted" / "adapters").iterdir()) == [
-        "F",
-        "M",
-    ]
+    for name, what in {"data": "files", "base": "versions", "adapted": "versions"}.items():
+        assert json.loads((walked / name / "manifest.json").read_text(encoding="utf-8"))[what]
+    assert sorted(path.name for path in (walked / "adapted" / "adapters").iterdir()) == ["F@1", "M@1"]
     assert not list(walked.glob(".*"))  # no checkpoint and no temporary folder is left
 
 

@@ -93,6 +93,8 @@ def test_a_day_is_learned_published_and_taken_back(
     live, day = walk / "live", next_day("day", ["app", "web"], range(5, 15))
     domlora("update", "--bundle", live, "--data", day, "--replay", walk / "data", *options())
     assert [version.default for version in versions(live)] == [False, True]
+    with pytest.raises(ConfigError, match="version 2 of the bundle has learned this day"):
+        domlora("update", "--bundle", live, "--data", day, *options())
     domlora("evaluate", "--bundle", live, "--data", day)
     domlora("bundle", "show", live)
     domlora("bundle", "diff", live, 1, 2)

@@ -21,9 +21,11 @@ from domlora.cli.options import (
     refuse_existing,
     use_threads,
 )
+from domlora.errors import ConfigError
 from domlora.terminal import STDERR, STDOUT, training_bar
 
 if TYPE_CHECKING:
+    from domlora.bundle import Bundle
     from domlora.data.dataset import Dataset
     from domlora.features.batch import Batch
 
@@ -59,8 +61,9 @@ def onboard(
     recipe = load_config(config, settings or ()).train
     with only_one(bundle):
         opened, rows = Bundle.open(bundle), Dataset.open(data)
+        place = checkpoint_of(bundle, opened.version)
         with training_bar() as show:
-            grown, found = run(opened, rows, domain, recipe, checkpoint=checkpoint_of(bundle), on_progress=show)
+            grown, found = run(opened, rows, domain, recipe, checkpoint=place, on_progress=show)
         number = grown.publish(bundle, default=not candidate)
         drop_checkpoint(bundle)
     STDOUT.print(str(found), markup=False, highlight=False, soft_wrap=True)
@@ -95,9 +98,10 @@ def update(
     recipe = load_config(config, settings or ()).train
     with only_one(bundle):
         live, rows = Bundle.open(bundle), Dataset.open(data)
-        earlier = None if replay is None else Dataset.open(replay)
+        earlier, place = None if replay is None else Dataset.open(replay), checkpoint_of(bundle, live.version)
+        _refuse_learned(live, rows)
         with training_bar() as show:
-            updated, found = run(live, rows, recipe, replay=earlier, checkpoint=checkpoint_of(bundle), on_progress=show)
+            updated, found = run(live, rows, recipe, replay=earlier, checkpoint=place, on_progress=show)
         updated, verdict = gate(live, updated, rows, recipe.update)
         updated.facts |= {"method": "update", "data": rows.fingerprint(), "valid": found.best_value}
         default = verdict.passed and not candidate
@@ -148,6 +152,14 @@ def merge(
     refuse_existing(out, overwrite)
     run(Bundle.open(bundle, version=version), domain).save(out, overwrite=overwrite)
     STDOUT.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _refuse_learned(live: Bundle, rows: Dataset) -> None:
+    """A day is not learned twice, such as after a kill between publishing and saying so."""
+    if live.facts.get("method") == "update" and live.facts.get("data") == rows.fingerprint():
+        raise ConfigError(
+            f"version {live.version} of the bundle has learned this day", received=rows.fingerprint()[:12]
+        )
 
 
 def _samples(data: Dataset, rows: int) -> list[Batch]:

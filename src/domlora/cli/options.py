@@ -107,13 +107,16 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         )
 
 
-def checkpoint_of(out: Path) -> Path:
-    """Where the run that will write ``out`` keeps what it has so far."""
-    return out.parent / f".{out.name}.checkpoint"
+def checkpoint_of(out: Path, version: int | None = None) -> Path:
+    """Where the run that will write ``out``, or a version that follows one of it, keeps what it has so far."""
+    return out.parent / (f".{out.name}.checkpoint" if version is None else f".{out.name}@{version}.checkpoint")
 
 
 def drop_checkpoint(out: Path) -> None:
-    """Remove it: the run has ended well."""
+    """The run has ended well: what it kept goes, and what one left that was killed when all was written."""
+    import glob
     import shutil
 
-    shutil.rmtree(checkpoint_of(out), ignore_errors=True)
+    versioned = out.parent.glob(f".{glob.escape(out.name)}@*.checkpoint")
+    for folder in (checkpoint_of(out), *versioned):
+        shutil.rmtree(folder, ignore_errors=True)
