@@ -47,7 +47,8 @@ SPLIT = ["split.kind=random", "split.fractions=[0.7, 0.1, 0.2]"]
 POISONED = "mobile/front"
 LAZY = OptimizerOptions(tables=Rule("lazy_adam"), adapters=Rule("lazy_adam"))
 UPDATE = Updating(
-    FitOptions(max_epochs=1, batch_size=1024, evaluations_per_epoch=4, patience=4), LAZY, replay_share=0.5
+    FitOptions(max_epochs=1, batch_size=1024, evaluations_per_epoch=4, patience=4),
+    LAZY,
 )
 
 

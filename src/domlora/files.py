@@ -16,7 +16,7 @@ from pathlib import Path
 
 from domlora.errors import DataError, DomloraError
 
-__all__ = ["new_folder", "only_one", "sha256_of", "told"]
+__all__ = ["new_folder", "only_one", "sha256_of", "sync", "sync_one", "told"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = (*_FULL, errno.EROFS)
@@ -57,7 +57,7 @@ def new_folder(out: Path, *, overwrite: bool = False, marker: str = "manifest.js
         with told(out, disk_alone=True):
             yield fresh
         with told(out):
-            _sync(fresh)
+            sync(fresh)
             _put(fresh, out, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -206,16 +206,18 @@ def _put(fresh: Path, out: Path, old: Path) -> None:
         if old.exists() and not out.exists():
             old.rename(out)
         raise
-    _sync_one(out.parent)
+    sync_one(out.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Bring a folder and all in it to disk."""
     with ThreadPoolExecutor(8) as pool:  # one at a time, thousands of small files wait for the disk thousands of times
-        list(pool.map(_sync_one, folder.rglob("*")))
-    _sync_one(folder)
+        list(pool.map(sync_one, folder.rglob("*")))
+    sync_one(folder)
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,11 @@
-"""Prepared folders without raw files: encoded columns straight into shards."""
+"""Prepared folders without raw files: encoded columns straight into shards; and a disk that is soon full."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,3 +64,14 @@ def write_prepared_folder(
 @pytest.fixture(scope="session")
 def write_prepared() -> Any:
     return write_prepared_folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)

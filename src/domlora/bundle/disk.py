@@ -7,12 +7,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from domlora.bundle.names import STAGING
 from domlora.errors import BundleError
+from domlora.files import sync, sync_one
 
 __all__ = ["locked", "put", "replace_file", "staged"]
 
@@ -38,9 +38,7 @@ def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.flock(
-            handle, fcntl.LOCK_UN
-        )  # a process that was forked meanwhile has the handle too and does not close it
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has the handle too and does not close it
         os.close(handle)
 
 
@@ -77,32 +75,19 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def put(fresh: Path, folder: Path, names: list[str]) -> None:
     """Move parts into the bundle, in this order, each on disk before it has its name."""
-    _sync(fresh)
+    sync(fresh)
     parents = {(folder / name).parent for name in names}
     for parent in parents:
         parent.mkdir(exist_ok=True)
     for name in names:
         (fresh / name).rename(folder / name)
     for place in (*parents, folder):
-        _sync_one(place)
+        sync_one(place)
 
 
 def replace_file(fresh: Path, folder: Path, name: str, text: str) -> None:
     """Write a file anew by one rename."""
     (fresh / name).write_text(text, encoding="utf-8")
-    _sync_one(fresh / name)
+    sync_one(fresh / name)
     (fresh / name).replace(folder / name)
-    _sync_one(folder)
-
-
-def _sync(folder: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:  # one at a time, many small files wait for the disk many times
-        list(pool.map(_sync_one, folder.rglob("*")))
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_one(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,10 +135,7 @@ def sweep(folder: Path, manifest: Manifest) -> None:
 def _version(folder: Path, manifest: Manifest, number: int) -> Version:
     record = read_record(folder, manifest, number)
     own = set(record.written)
-    written: dict[str, int] = {}
-    for part in own:
-        kind = part.partition("@")[0].partition("/")[0]
-        written[kind] = written.get(kind, 0) + 1
+    written = Counter(part.partition("@")[0].partition("/")[0] for part in own)
     size = sum((folder / name).stat().st_size for name in record.files if name.rpartition("/")[0] in own)
     return Version(
         number,
@@ -147,7 +145,7 @@ def _version(folder: Path, manifest: Manifest, number: int) -> Version:
         record.library_version,
         len(record.adapters),
         size,
-        written,
+        dict(written),
         record.facts,
     )
 

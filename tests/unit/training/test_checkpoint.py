@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,17 +104,6 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 def test_facts_can_be_read_by_people(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", TENSORS, FACTS)
     assert json.loads((tmp_path / "run" / "checkpoint.json").read_text(encoding="utf-8"))["position"] == 3
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=False).returncode:
-        pytest.skip("nothing can be mounted here")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_a_full_disk_leaves_the_old_one(small_disk: Path) -> None:
