@@ -1,6 +1,6 @@
 """A domain that comes late: what does its adapter reach with few rows and with many, and what else could one do with them?
 
-    python studies/onboarding.py --dataset ebnerd --raw FOLDER --out runs/onboarding --rows 100 1000 10000 all --seeds 1 2 3
+    python studies/onboarding.py --dataset ebnerd --raw FOLDER --out runs/onboarding --rows 100 1000 10% all --seeds 1 2 3
 
 For each held-out domain a base and its adapters are trained jointly on the other domains (DeepFM, options of the dataset's
 own study, temperature 4); words that only the held-out domain has are unknown to it. Then the domain is onboarded with some
@@ -122,7 +122,7 @@ def main() -> None:
     for domain, seed in product(args.hold_out or data.schema.domains, args.seeds):
         held = held_out(data, domain)
         most = int((held.everything.read("train").domain == held.others.schema.num_domains).sum())
-        sizes = [rows for rows in args.rows if rows == "all" or int(rows) < most]
+        sizes = [rows for rows in args.rows if _number(rows, most) <= most]
         wanted = [Key(args.dataset, domain, rows, seed, arm) for rows in sizes for arm in args.arms]
         todo = [key for key in wanted if key not in done]
         if not todo:
@@ -257,7 +257,7 @@ def with_rows(held: HeldOut, rows: str, seed: int) -> Dataset:
         return data
     train = data.read("train")
     own = train.domain == data.schema.domains.index(held.domain)
-    share = int(rows) / int(own.sum())
+    share = _number(rows, int(own.sum())) / int(own.sum())
     generator = torch.Generator().manual_seed(seed)
     picked = [torch.nonzero(~own).flatten()]
     for clicked in (True, False):
@@ -267,6 +267,13 @@ def with_rows(held: HeldOut, rows: str, seed: int) -> Dataset:
     return Dataset.from_batches(
         data.schema, {**splits, "train": train.take(torch.cat(picked).sort().values)}, data.encoder
     )
+
+
+def _number(rows: str, most: int) -> int:
+    """``all``, a share as ``10%``, or a number."""
+    if rows.endswith("%"):
+        return round(most * float(rows[:-1]) / 100)
+    return most if rows == "all" else int(rows)
 
 
 def _bundle(place: Path, held: HeldOut, options: dict[str, Any], recipe: Recipe) -> Bundle:
@@ -285,7 +292,7 @@ def _recipe(recipe: Recipe) -> Recipe:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Mean AUC in points and its 95 % interval over seeds, a line an arm and a column a number of rows."""
-    sizes = sorted({line["rows"] for line in lines}, key=lambda rows: (rows == "all", len(rows), rows))
+    sizes = sorted({line["rows"] for line in lines}, key=_order)
     out = []
     for domain in dict.fromkeys(line["hold_out"] for line in lines):
         own = [line for line in lines if line["hold_out"] == domain]
@@ -302,6 +309,10 @@ def table(lines: list[dict[str, Any]]) -> str:
                 minutes = paired(line["minutes"] for line in last).mean
                 out.append(f"| {arm} | {' | '.join(cells)} | {minutes:.2f} | {mine[-1]['parameters']:,} |")
     return "\n".join(out)
+
+
+def _order(rows: str) -> tuple[bool, bool, float]:
+    return rows == "all", rows.endswith("%"), 0.0 if rows == "all" else float(rows.rstrip("%"))
 
 
 def _cell(values: list[float]) -> str:
@@ -327,7 +338,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--raw", type=Path, help="folder of the published files")
     parser.add_argument("--out", type=Path, default=Path("runs/onboarding"))
     parser.add_argument("--hold-out", nargs="+", metavar="NAME", help="domains; all of them by default")
-    parser.add_argument("--rows", nargs="+", default=["100", "300", "1000", "3000", "10000", "all"])
+    parser.add_argument("--rows", nargs="+", default=["100", "1000", "10%", "all"], help="numbers, shares as 10%%, all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--threads", type=int, default=1)
