@@ -12,6 +12,7 @@ import typer
 from domlora.cli.options import (
     ConfigFile,
     Data,
+    Device,
     Out,
     Overwrite,
     Settings,
@@ -43,6 +44,7 @@ def pretrain(
     ] = "base",
     settings: Settings = None,
     threads: Threads = 1,
+    device: Device = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a backbone on the rows of all domains and write it as a bundle.
@@ -54,6 +56,7 @@ def pretrain(
     from domlora.data.dataset import Dataset
     from domlora.files import only_one
     from domlora.training.methods import Job, train
+    from domlora.training.stages import placed
 
     refuse_existing(out, overwrite)
     use_threads(threads)
@@ -61,7 +64,7 @@ def pretrain(
     rows = Dataset.open(data)
     with only_one(out):
         with training_bar() as show:
-            job = Job(rows, options.model, options.train, None, checkpoint_of(out), show)
+            job = Job(rows, options.model, placed(options.train, device), None, checkpoint_of(out), show)
             model, made, found = train(method, job)
         Bundle(model, made, rows.encoder, facts_of(method, rows, model, found)).save(out, overwrite=overwrite)
         drop_checkpoint(out)
@@ -84,6 +87,7 @@ def adapt(
     ] = "two_stage",
     settings: Settings = None,
     threads: Threads = 1,
+    device: Device = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Freeze a trained base and train an adapter for each domain.
@@ -95,6 +99,7 @@ def adapt(
     from domlora.data.dataset import Dataset
     from domlora.files import only_one
     from domlora.training.methods import Job, train
+    from domlora.training.stages import placed
 
     refuse_existing(out, overwrite)
     use_threads(threads)
@@ -103,7 +108,7 @@ def adapt(
     check_same_encoder(opened, rows)
     with only_one(out):
         with training_bar() as show:
-            job = Job(rows, opened.model_options, options, opened.model, checkpoint_of(out), show)
+            job = Job(rows, opened.model_options, placed(options, device), opened.model, checkpoint_of(out), show)
             model, made, found = train(method, job)
         facts = {**facts_of(method, rows, model, found), "base": opened.facts}
         Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigFile",
     "Data",
+    "Device",
     "Out",
     "Overwrite",
     "Raw",
@@ -51,6 +52,7 @@ Version = Annotated[int | None, typer.Option("--version", help="Which version of
 Threads = Annotated[
     int, typer.Option("--threads", help="Cores to train on. One is fastest for towers of a few hundred units.")
 ]
+Device = Annotated[str, typer.Option("--device", help="Where to train, such as cuda; the CPU without.")]
 
 
 def write_text(option: str, path: Path, text: str) -> None:

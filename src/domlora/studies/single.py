@@ -33,9 +33,14 @@ __all__ = [
 
 
 def what_matters(config: Config, method: str) -> dict[str, Any]:
-    """The options that a run of a method depends on: changing the others does not make it run again."""
-    recipe = asdict(config.train)
+    """The options that a run of a method depends on: changing the others, or the device, does not make it run again."""
+    recipe = _without_device(asdict(config.train))
     return {"model": config.model, "method": method, **{name: recipe[name] for name in METHODS[method].parts}}
+
+
+def _without_device(options: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in options.items() if name != "device"}
+    return {name: _without_device(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def digest(value: Any) -> str:

@@ -32,6 +32,7 @@ from domlora.training.checkpoint import (
     start_digest,
     write_checkpoint,
 )
+from domlora.training.device import device_named, random_state, set_random_state
 from domlora.training.guard import Place, check_finite, explodes, lost_in
 from domlora.training.optimizers import Optimizer, OptimizerOptions
 from domlora.training.progress import Fit, OnProgress, Progress, Watcher
@@ -58,6 +59,8 @@ class FitOptions:
         schedule: ``constant``, or ``cosine`` from the full learning rate at the start to zero at ``max_epochs``.
         average_decay: score and keep an exponential moving average of the weights with this decay a step; 0 for none.
         seed: order of the rows, dropout. Equal seeds give equal bits on one machine.
+        device: where to train, such as ``cuda``; by default where the model is, and there it is again afterwards. On a GPU
+            sums are made in no fixed order: equal seeds give about equal results.
     """
 
     batch_size: int = 4096
@@ -68,6 +71,7 @@ class FitOptions:
     schedule: Schedule = "constant"
     average_decay: float = 0.0
     seed: int = 1
+    device: str = ""
 
     def __post_init__(self) -> None:
         counts = (self.batch_size, self.max_epochs, self.patience, self.evaluations_per_epoch)
@@ -157,10 +161,14 @@ class Run:
         self.data, self.options, self.on_progress = data, options, on_progress
         self.checkpoint, self.checkpoint_every_s = checkpoint, checkpoint_every_s
         self.saved = self.shown = time.perf_counter()
+        self.home = self.device = next(model.parameters()).device
+        if options.device:
+            self.device = device_named(options.device)
+            for moved in (self.model, self.stepped):
+                moved.to(self.device)
         self.optimizer = Optimizer(self.stepped, rules)
         self.identity = {} if checkpoint is None else self.identify(rules)
         self.part = _Part()
-        self.device = next(model.parameters()).device
         self.average = Average(model, options.average_decay)
         self.result = Fit()
         self.best: dict[str, Tensor] = {}
@@ -205,7 +213,7 @@ class Run:
             self.advance()
             self.save()
         self.model.load_state_dict(self.best)
-        self.model.eval()
+        self.model.to(self.home).eval()
         return self.result
 
     @property
@@ -348,7 +356,7 @@ class Run:
             "model": self.model.state_dict(),
             "average": self.average.state(),
             "optimizer": self.optimizer.state(),
-            "rng": {"torch": torch.get_rng_state()},
+            "rng": random_state(self.device),
         }
 
     def load_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -356,7 +364,7 @@ class Run:
         self.model.load_state_dict(parts["model"])
         self.average.load_state(parts["average"])
         self.optimizer.load_state(parts["optimizer"])
-        torch.set_rng_state(parts["rng"]["torch"])
+        set_random_state(dict(parts["rng"]), self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: of a run that has ended the best weights alone."""

@@ -41,6 +41,7 @@ __all__ = [
     "Updating",
     "adapt",
     "adapter_options_of",
+    "placed",
     "pretrain",
     "seeded",
     "with_vectors",
@@ -340,13 +341,16 @@ def adapter_options_of(method: str, recipe: Recipe) -> AdapterOptions:
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with one seed in all its stages."""
-
-    whole: Recipe = _seeded(recipe, seed)
-    return whole
+    return _everywhere(recipe, "seed", seed)
 
 
-def _seeded(options: Any, seed: int) -> Any:
-    """Options with another ``seed``, and all options within them."""
+def placed(recipe: Recipe, device: str) -> Recipe:
+    """The recipe with one device for all its stages."""
+    return _everywhere(recipe, "device", device)
+
+
+def _everywhere(options: Any, name: str, value: Any) -> Any:
+    """Options with another value of that name, and all options within them."""
     inner = {each.name: getattr(options, each.name) for each in fields(options)}
-    changed = {name: _seeded(value, seed) for name, value in inner.items() if is_dataclass(value)}
-    return replace(options, **changed, **({"seed": seed} if "seed" in inner else {}))
+    changed = {key: _everywhere(part, name, value) for key, part in inner.items() if is_dataclass(part)}
+    return replace(options, **changed, **({name: value} if name in inner else {}))
