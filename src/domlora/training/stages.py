@@ -341,12 +341,14 @@ def adapter_options_of(method: str, recipe: Recipe) -> AdapterOptions:
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with one seed in all its stages."""
-    return _everywhere(recipe, "seed", seed)
+    whole: Recipe = _everywhere(recipe, "seed", seed)
+    return whole
 
 
 def placed(recipe: Recipe, device: str) -> Recipe:
     """The recipe with one device for all its stages."""
-    return _everywhere(recipe, "device", device)
+    whole: Recipe = _everywhere(recipe, "device", device)
+    return whole
 
 
 def _everywhere(options: Any, name: str, value: Any) -> Any:
