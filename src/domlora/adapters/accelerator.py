@@ -1,4 +1,8 @@
-"""Corrections on an accelerator: products of as many domains at once as have about equally many rows."""
+"""Corrections on an accelerator, where few large products beat many small ones.
+
+A batch of few domains is multiplied with the banks of all of them, and each row keeps what its own domain gave
+(:mod:`domlora.adapters.masked`). Many domains are taken in tiles: as many at once as have about equally many rows.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from domlora.adapters import masked
 
 if TYPE_CHECKING:
     from domlora.adapters.kernels import Banks
@@ -29,13 +35,16 @@ class Tile(NamedTuple):
     places: Tensor
 
 
-def correct_(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> None:
-    """Add corrections to ``out``."""
+def correct_(out: Tensor, x: Tensor, banks: Banks, segments: Segments) -> Tensor | None:
+    """Add corrections to ``out``; of few domains also what the backward pass wants to know."""
+    if masked.is_better(banks, segments):
+        return masked.correct_(out, x, banks, segments)
     for tile in tiles_of(segments):
         change = _hidden(x, banks, tile) @ _own(banks.b, tile, x) * banks.scale  # (G, n, out)
         if banks.bias is not None:
             change = change + _own(banks.bias, tile, x).unsqueeze(1)
         _add_(out, change, tile)
+    return None
 
 
 def correct_backward_(
@@ -47,8 +56,10 @@ def correct_backward_(
     banks: Banks,
     segments: Segments,
 ) -> None:
-    """As :func:`domlora.adapters.cpu.correct_backward_`; ``x A_d`` is computed again."""
-    del hidden
+    """As :func:`domlora.adapters.cpu.correct_backward_`; in tiles ``x A_d`` is computed again."""
+    if masked.is_better(banks, segments):
+        masked.correct_backward_(grad_x, grad_banks, grad, hidden, x, banks, segments)
+        return
     grad_a, grad_b, grad_bias = grad_banks
     for tile in tiles_of(segments):
         where = tile.places if banks.sparse else tile.names

@@ -35,12 +35,17 @@ class Segments:
     ) -> None:
         self.domain, self.order, self.names, self.bounds = domain, order, names, bounds
         self.num_rows, self.device = len(domain), domain.device
-        self.plan: Any = None  # what an accelerator needs to know of this batch
+        self.plan: Any = None  # the tiles of an accelerator
 
     @cached_property
     def domains(self) -> Tensor:
         """The domains that occur as a tensor ``(P,)``."""
         return torch.from_numpy(self.names).to(self.device)
+
+    @cached_property
+    def mine(self) -> Tensor:
+        """Whether a row is of a domain that occurs ``(B, P)``."""
+        return self.domain.unsqueeze(1) == self.domains
 
     @cached_property
     def sorted_rows(self) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -48,6 +49,11 @@ class Adapters(nn.Module):
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
         return cast(Tensor, self._whole[0](ids, dense, domain))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
+        """What ``to`` calls: the whole model moves."""
+        self._whole[0]._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def train(self, mode: bool = True) -> Adapters:
         """As of the whole model: its dropout is alive while the adapters learn."""
