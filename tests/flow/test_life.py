@@ -124,6 +124,26 @@ def test_a_spoiled_day_stays_a_candidate_and_is_named(
     assert "a candidate" in said.out
 
 
+def test_tracked(walk: Path, next_day: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow knows options, curves of each domain, and which version is live; an unknown method is still named."""
+    from mlflow import MlflowClient
+
+    track = ["--track", "mlflow", "--track-to", walk / "runs.db"]
+    day = next_day("day", ["app", "web"], range(5, 15))
+    domlora("update", "--bundle", walk / "live", "--data", day, *track, *options())
+    client = MlflowClient(f"sqlite:///{walk / 'runs.db'}", f"sqlite:///{walk / 'runs.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("domlora").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["update.fit.batch_size"] == "128"
+    assert 0.5 < run.data.metrics["valid/domain/web/auc"] < 1
+    assert client.get_model_version_by_alias("live", "live").tags == {"domlora.version": "2"}
+    monkeypatch.chdir(walk)
+    domlora("pretrain", "--data", walk / "data", "--out", walk / "again", "--track", "tensorboard", *options())
+    assert list((walk / "tensorboard" / "again").glob("events*"))
+    with pytest.raises(ConfigError, match="no method has this name"):
+        domlora("pretrain", "--data", walk / "data", "--out", walk / "x", "--method", "jiont", *track)
+
+
 def test_exported_and_merged(walk: Path) -> None:
     live, data = walk / "live", walk / "data"
     domlora("export", "--bundle", live, "--data", data, "--out", walk / "onnx")

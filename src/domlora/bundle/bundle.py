@@ -17,7 +17,7 @@ from domlora.bundle.records import Manifest, read_manifest, read_record, record_
 from domlora.bundle.versions import sweep
 from domlora.bundle.writing import Parent, write_version
 from domlora.features.encode import Encoder
-from domlora.files import new_folder, sha256_of
+from domlora.files import new_folder, sha256_of, told
 
 __all__ = ["Bundle"]
 
@@ -112,9 +112,9 @@ class Bundle:
 
         Raises:
             BundleError: no bundle, another process is changing it, or the parent's files are damaged.
-            DataError: an adapter is not finite.
+            DataError: an adapter is not finite, or the disk is full or cannot be written; the bundle is as it was.
         """
-        with locked(folder):
+        with told(folder, disk_alone=True), locked(folder):
             manifest = read_manifest(folder)
             sweep(folder, manifest)
             parent = None

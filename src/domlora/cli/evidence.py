@@ -58,6 +58,7 @@ def report(
             f"a report needs more libraries ({error})", next_step="Install them with: pip install 'domlora[report]'"
         ) from error
     from domlora.studies.reporting.arms import arms_of
+    from domlora.studies.reporting.selection import selected
     from domlora.studies.reporting.tables import read_results, tabulate
     from domlora.studies.reporting.text import to_markdown
     from domlora.studies.study import read_facts
@@ -77,7 +78,7 @@ def report(
         command=facts["command"],
         facts=facts,
     )
-    tables = tabulate(results)
+    tables = tabulate(selected(results, facts))
     STDOUT.print(to_markdown(tables, arms_of(facts, tables)), markup=False, highlight=False, soft_wrap=True)
     STDOUT.print(f"wrote {out}", highlight=False, soft_wrap=True)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,8 +23,9 @@ from domlora.cli.options import (
     refuse_existing,
     use_threads,
 )
+from domlora.cli.tracked import Track, TrackTo, tracked
 from domlora.errors import ConfigError
-from domlora.terminal import STDERR, STDOUT, training_bar
+from domlora.terminal import STDERR, STDOUT
 
 if TYPE_CHECKING:
     from domlora.bundle import Bundle
@@ -45,6 +48,8 @@ def onboard(
     config: ConfigFile = None,
     settings: Settings = None,
     threads: Threads = 1,
+    track: Track = "",
+    track_to: TrackTo = "",
     candidate: Candidate = False,
 ) -> None:
     """Give a trained model one domain more: an adapter on the frozen base, one small file.
@@ -62,9 +67,11 @@ def onboard(
     with only_one(bundle):
         opened, rows = Bundle.open(bundle), Dataset.open(data)
         place = checkpoint_of(bundle, opened.version)
-        with training_bar() as show:
-            grown, found = run(opened, rows, domain, recipe, checkpoint=place, on_progress=show)
-        number = grown.publish(bundle, default=not candidate)
+        options = partial(dict[str, Any], domain=domain, onboard=asdict(recipe.onboard))
+        with tracked(track, track_to, bundle.name, rows.schema.domains, options) as told:
+            grown, found = run(opened, rows, domain, recipe, checkpoint=place, on_progress=told.show)
+            number = grown.publish(bundle, default=not candidate)
+            told.wrote(bundle, number, default=not candidate)
         drop_checkpoint(bundle)
     STDOUT.print(str(found), markup=False, highlight=False, soft_wrap=True)
     _say_published(bundle, number, default=not candidate)
@@ -80,6 +87,8 @@ def update(
     ] = None,
     settings: Settings = None,
     threads: Threads = 1,
+    track: Track = "",
+    track_to: TrackTo = "",
     candidate: Candidate = False,
 ) -> None:
     """Learn a new day: embeddings and adapters move, the dense backbone stands still.
@@ -100,12 +109,14 @@ def update(
         live, rows = Bundle.open(bundle), Dataset.open(data)
         earlier, place = None if replay is None else Dataset.open(replay), checkpoint_of(bundle, live.version)
         _refuse_learned(live, rows)
-        with training_bar() as show:
-            updated, found = run(live, rows, recipe, replay=earlier, checkpoint=place, on_progress=show)
-        updated, verdict = gate(live, updated, rows, recipe.update)
-        updated.facts |= {"method": "update", "data": rows.fingerprint(), "valid": found.best_value}
-        default = verdict.passed and not candidate
-        number = updated.publish(bundle, default=default)
+        options = partial(dict[str, Any], update=asdict(recipe.update))
+        with tracked(track, track_to, bundle.name, rows.schema.domains, options) as told:
+            updated, found = run(live, rows, recipe, replay=earlier, checkpoint=place, on_progress=told.show)
+            updated, verdict = gate(live, updated, rows, recipe.update)
+            updated.facts |= {"method": "update", "data": rows.fingerprint(), "valid": found.best_value}
+            default = verdict.passed and not candidate
+            number = updated.publish(bundle, default=default)
+            told.wrote(bundle, number, default=default)
         drop_checkpoint(bundle)
     STDOUT.print(verdict.to_markdown(), markup=False, highlight=False, soft_wrap=True)
     for reason in verdict.reasons:

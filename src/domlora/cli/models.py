@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +28,9 @@ from domlora.cli.options import (
     use_threads,
     write_text,
 )
+from domlora.cli.tracked import Track, TrackTo, tracked
 from domlora.errors import ConfigError
-from domlora.terminal import STDOUT, print_table, training_bar
+from domlora.terminal import STDOUT, print_table
 
 __all__ = ["adapt", "evaluate", "pretrain"]
 
@@ -45,6 +48,8 @@ def pretrain(
     settings: Settings = None,
     threads: Threads = 1,
     device: Device = "",
+    track: Track = "",
+    track_to: TrackTo = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a backbone on the rows of all domains and write it as a bundle.
@@ -55,6 +60,7 @@ def pretrain(
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
     from domlora.files import only_one
+    from domlora.studies.single import what_matters
     from domlora.training.methods import Job, train
     from domlora.training.stages import placed
 
@@ -63,10 +69,11 @@ def pretrain(
     options = load_config(config, settings or ())
     rows = Dataset.open(data)
     with only_one(out):
-        with training_bar() as show:
-            job = Job(rows, options.model, placed(options.train, device), None, checkpoint_of(out), show)
+        with tracked(track, track_to, out.name, rows.schema.domains, partial(what_matters, options, method)) as run:
+            job = Job(rows, options.model, placed(options.train, device), None, checkpoint_of(out), run.show)
             model, made, found = train(method, job)
-        Bundle(model, made, rows.encoder, facts_of(method, rows, model, found)).save(out, overwrite=overwrite)
+            Bundle(model, made, rows.encoder, facts_of(method, rows, model, found)).save(out, overwrite=overwrite)
+            run.wrote(out)
         drop_checkpoint(out)
     STDOUT.print(
         f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False
@@ -88,6 +95,8 @@ def adapt(
     settings: Settings = None,
     threads: Threads = 1,
     device: Device = "",
+    track: Track = "",
+    track_to: TrackTo = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Freeze a trained base and train an adapter for each domain.
@@ -98,22 +107,25 @@ def adapt(
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
     from domlora.files import only_one
+    from domlora.studies.single import what_matters
     from domlora.training.methods import Job, train
     from domlora.training.stages import placed
 
     refuse_existing(out, overwrite)
     use_threads(threads)
-    options = load_config(config, settings or ()).train
     opened, rows = Bundle.open(bundle), Dataset.open(data)
+    options = replace(load_config(config, settings or ()), model=opened.model_options)
     check_same_encoder(opened, rows)
     with only_one(out):
-        with training_bar() as show:
-            job = Job(rows, opened.model_options, placed(options, device), opened.model, checkpoint_of(out), show)
+        with tracked(track, track_to, out.name, rows.schema.domains, partial(what_matters, options, method)) as run:
+            recipe = placed(options.train, device)
+            job = Job(rows, opened.model_options, recipe, opened.model, checkpoint_of(out), run.show)
             model, made, found = train(method, job)
-        facts = {**facts_of(method, rows, model, found), "base": opened.facts}
-        Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
+            facts = {**facts_of(method, rows, model, found), "base": opened.facts}
+            Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
+            run.wrote(out)
         drop_checkpoint(out)
-    start = found.history[0][options.adapt.fit.monitor]
+    start = found.history[0][options.train.adapt.fit.monitor]
     STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
 
 

@@ -10,6 +10,7 @@ from domlora.cli.evidence import report, study
 from domlora.cli.life import export, merge, onboard, update
 from domlora.cli.models import adapt, evaluate, pretrain
 from domlora.cli.rows import data_app, prepare, schema_app
+from domlora.cli.serve import serve
 from domlora.cli.versions import bundle_app
 from domlora.errors import DomloraError
 from domlora.terminal import STDERR
@@ -39,7 +40,7 @@ app.command()(prepare)
 app.add_typer(schema_app, name="schema")
 app.add_typer(data_app, name="data")
 app.add_typer(bundle_app, name="bundle")
-for verb in (pretrain, adapt, evaluate, onboard, update, export, merge, study, report):
+for verb in (pretrain, adapt, evaluate, onboard, update, export, serve, merge, study, report):
     app.command()(verb)
 
 _INTERRUPTED = 130  # what Typer exits with after Ctrl-C

@@ -19,7 +19,7 @@ from domlora.data.dataset import Dataset
 from domlora.studies.processes import alone
 from domlora.studies.study import DatasetSpec
 from domlora.training.fit import OnProgress
-from domlora.training.methods import METHODS, Job, Trained, train
+from domlora.training.methods import METHODS, Job, Trained, method_named, train
 from domlora.training.stages import seeded
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 def what_matters(config: Config, method: str) -> dict[str, Any]:
     """The options that a run of a method depends on: changing the others, or the device, does not make it run again."""
     recipe = _without_device(asdict(config.train))
-    return {"model": config.model, "method": method, **{name: recipe[name] for name in METHODS[method].parts}}
+    return {"model": config.model, "method": method, **{name: recipe[name] for name in method_named(method).parts}}
 
 
 def _without_device(options: dict[str, Any]) -> dict[str, Any]:

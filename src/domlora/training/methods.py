@@ -20,7 +20,7 @@ from domlora.training.negotiation import negotiate, regularise
 from domlora.training.per_domain import finetune, separate
 from domlora.training.stages import FIRST_STAGES, SECOND_STAGES, Recipe, adapt, pretrain, with_vectors
 
-__all__ = ["METHODS", "Job", "Method", "Trained", "train"]
+__all__ = ["METHODS", "Job", "Method", "Trained", "method_named", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +79,24 @@ class Method:
     from_base: bool = False
 
 
+def method_named(name: str) -> Method:
+    """One of ``METHODS``.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if name not in METHODS:
+        raise ConfigError("no method has this name", received=name, next_step=nearest(name, METHODS))
+    return METHODS[name]
+
+
 def train(method: str, job: Job) -> Trained:
     """Train by a method.
 
     Raises:
         ConfigError: no such method, or it starts from a base and none is given, or the other way round.
     """
-    if method not in METHODS:
-        raise ConfigError("no method has this name", received=method, next_step=nearest(method, METHODS))
-    from_base, given = METHODS[method].from_base, job.base is not None
+    from_base, given = method_named(method).from_base, job.base is not None
     if from_base != given:
         start, verb = ("a trained base", "adapt --bundle BASE") if from_base else ("nothing", "pretrain")
         raise ConfigError(

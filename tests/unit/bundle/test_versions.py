@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -360,3 +361,15 @@ def test_diff(saved: Path, grow: Grow) -> None:
     assert (back.domains_added, back.domains_removed) == ((), ("radio",))
     same_one = diff(saved, 1, 1)
     assert not any((same_one.adapters, same_one.tables, same_one.dense, same_one.num_ids, same_one.facts))
+
+
+def test_a_full_disk_is_one_line_and_the_default_stays(make: Make, small_disk: Path) -> None:
+    folder = small_disk / "bundle"
+    make().save(folder)
+    before = files(folder)
+    (small_disk / "ballast").write_bytes(bytes(1024 * (shutil.disk_usage(small_disk).free // 1024)))
+    with pytest.raises(DataError, match="the disk must have room"):
+        moved(Bundle.open(folder)).publish(folder)
+    assert {name: data for name, data in files(folder).items() if name in before} == before
+    (small_disk / "ballast").unlink()
+    assert moved(Bundle.open(folder)).publish(folder) == 2
