@@ -6,11 +6,15 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-bench
 RAW := data/raw/movielens-100k-package
 
-.PHONY: demo test test-spark lint bench clean
+.PHONY: demo serve test test-spark lint bench reliability clean
 
 demo: $(STAMP) $(RAW)/.installed
 	$(BIN)/domlora study studies/demo.toml --raw $(RAW)
 	$(BIN)/domlora report runs/demo --out report.html --title "MovieLens-100K by gender"
+
+# A small model, an experiment and a little traffic; Ctrl-C ends it.
+serve: $(STAMP)
+	$(BIN)/python -m domlora.simulation.demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
@@ -30,6 +34,10 @@ lint: $(STAMP)
 bench: $(PEERS)/.installed $(RAW)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/foreign -W ignore
 	$(PEERS)/bin/python -W ignore benchmarks/run.py --movielens $(RAW) $(BENCH)
+
+# The server under load, attacks, kills and full disks: some minutes, on a machine that does nothing else.
+reliability: $(STAMP)
+	$(BIN)/pytest -m reliability -s tests/reliability/r*.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs data/raw report.html build dist src/*.egg-info

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domlora.errors import ConfigError
 
-__all__ = ["device_named", "random_state", "set_random_state"]
+__all__ = ["brought", "device_named", "random_state", "set_random_state"]
+
+
+def brought(models: Sequence[nn.Module], name: str) -> tuple[torch.device, torch.device]:
+    """Move models to a device, if one is named; where the first one was, and where it is now."""
+    home = here = next(models[0].parameters()).device
+    if name:
+        here = device_named(name)
+        for model in models:
+            model.to(here)
+    return home, here
 
 
 def device_named(name: str) -> torch.device:

@@ -32,7 +32,7 @@ from domlora.training.checkpoint import (
     start_digest,
     write_checkpoint,
 )
-from domlora.training.device import device_named, random_state, set_random_state
+from domlora.training.device import brought, random_state, set_random_state
 from domlora.training.guard import Place, check_finite, explodes, lost_in
 from domlora.training.optimizers import Optimizer, OptimizerOptions
 from domlora.training.progress import Fit, OnProgress, Progress, Watcher
@@ -161,11 +161,7 @@ class Run:
         self.data, self.options, self.on_progress = data, options, on_progress
         self.checkpoint, self.checkpoint_every_s = checkpoint, checkpoint_every_s
         self.saved = self.shown = time.perf_counter()
-        self.home = self.device = next(model.parameters()).device
-        if options.device:
-            self.device = device_named(options.device)
-            for moved in (self.model, self.stepped):
-                moved.to(self.device)
+        self.home, self.device = brought((self.model, self.stepped), options.device)
         self.optimizer = Optimizer(self.stepped, rules)
         self.identity = {} if checkpoint is None else self.identify(rules)
         self.part = _Part()
