@@ -41,12 +41,15 @@ class DomloraError(Exception):
         next_step: what the user can do now.
     """
 
+    next_step = ""
+
     def __init__(self, rule: str, *, received: object = _NOTHING, next_step: str = "") -> None:
         parts = [f"{rule}."]
         if received is not _NOTHING:
             parts.append(f"Received: {received!r}.")
         if next_step:
-            parts.append(next_step if next_step.endswith((".", "?")) else f"{next_step}.")
+            self.next_step = next_step if next_step.endswith((".", "?")) else f"{next_step}."
+            parts.append(self.next_step)
         super().__init__(" ".join(parts))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -88,9 +88,13 @@ class World:
         share = torch.arange(1, self.num_domains + 1, dtype=torch.float64) ** -self.size_skew
         domain = torch.multinomial(share, num_rows, replacement=True, generator=generator)
         dense = torch.randn(num_rows, self.num_dense, generator=generator)
-        probability = torch.sigmoid(self._logit(dense, domain))
+        probability = self.probability(dense, domain)
         label = (torch.rand(num_rows, generator=generator, dtype=torch.float64) < probability).float()
         return Sample(Batch((domain + FIRST_ID).unsqueeze(1), dense, domain, label), probability)
+
+    def probability(self, dense: Tensor, domain: Tensor) -> Tensor:
+        """The true click probabilities of rows, ``(B, G), (B,) -> (B,)`` float64."""
+        return torch.sigmoid(self._logit(dense, domain))
 
     def dataset(self, num_rows: int, seed: int) -> tuple[Dataset, Tensor]:
         """A dataset split 60/20/20, and the true probabilities of its test rows."""

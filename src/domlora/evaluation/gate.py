@@ -20,7 +20,8 @@ Status = Literal["passed", "fell", "drifted", "reversed", "unjudged"]
 _NOTHING = {"auc": math.nan, "standard_error": math.nan, "rarer": 0.0}
 
 Remembered = Mapping[str, Mapping[str, float]]
-"""By domain, ``auc`` and ``standard_error`` of a model when it was published, and ``rarer``, rows of the rarer class."""
+"""By domain, ``auc`` and ``standard_error`` of a model when it was published, and ``rarer``, rows of the rarer class; for
+whoever looks at what is served also ``mean_score``, the mean probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +213,16 @@ def remember(said: Predictions, domains: Sequence[str]) -> dict[str, dict[str, f
     found = auc_differences(said.label, said.probability, np.full(len(group), 0.5), group, count)
     rows, clicks = np.bincount(group, minlength=count), np.bincount(group, said.label, count)
     rarer = np.minimum(clicks, rows - clicks)
-    figures = zip(domains, found.value[1:], found.standard_error[1:], rarer[1:], strict=True)
+    mean = np.bincount(group, said.probability, count) / np.maximum(rows, 1)
+    figures = zip(domains, found.value[1:], found.standard_error[1:], rarer[1:], mean[1:], strict=True)
     return {
-        name: {"auc": float(0.5 + value), "standard_error": float(error), "rarer": float(number)}
-        for name, value, error, number in figures
+        name: {
+            "auc": float(0.5 + value),
+            "standard_error": float(error),
+            "rarer": float(number),
+            "mean_score": float(score),
+        }
+        for name, value, error, number, score in figures
         if not math.isnan(error)
     }
 

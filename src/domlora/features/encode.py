@@ -154,8 +154,7 @@ class Encoder:
             SchemaError: a column is missing, columns differ in length, or a value has a type that cannot be encoded.
             UnknownDomainError: a row of an unknown or absent domain, where the schema says ``error``.
         """
-        schema = self.schema
-        domain = self._domain_columns(rows)
+        schema, domain = self.schema, self._domain_columns(rows)
         num_rows = self._check(rows, domain)
         arrays: dict[str, NDArray[Any]] = {
             "ids": self._all_ids(rows, num_rows),
@@ -172,6 +171,32 @@ class Encoder:
                 rows[schema.user], schema.user, lambda value: user_number(canonical_text(value))
             )
         return arrays
+
+    def encode_inputs(self, rows: Mapping[str, Column], num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The features alone; a column of one value holds for every row and is encoded once.
+
+        **Shape**: columns of length ``B`` or 1 → ``ids (B, S)``, ``dense (B, G)``.
+
+        Args:
+            rows, num_rows: column name → values, for every raw column of the features; and ``B``.
+
+        Raises:
+            SchemaError: a column is missing or of another length, or a value has a type that cannot be encoded.
+
+        Example:
+            >>> schema = Schema((Feature("user", num_ids=3), Feature("item", num_ids=3)), domains=("app",))
+            >>> rows = {"user": ["u"], "item": ["a", "b"]}
+            >>> Encoder(schema, {"user": ["u"], "item": ["a"]}).encode_inputs(rows, 2)[0].tolist()
+            [[2, 2], [2, 1]]
+        """
+        for name in self.schema.columns:
+            if self._length(rows, name) not in (1, num_rows):
+                raise SchemaError(f"column {name!r} must have one value, or {num_rows}", received=len(rows[name]))
+        for feature in self.schema.categorical:
+            if len({len(rows[name]) for name in feature.sources}) > 1:  # a cross needs all of them in every row
+                one = [name for name in feature.sources if len(rows[name]) == 1]
+                rows = {**rows, **{name: [*rows[name]] * num_rows for name in one}}
+        return self._all_ids(rows, num_rows), self._all_dense(rows, num_rows)
 
     def id_of(self, feature: Feature) -> Number:
         """The function from a raw value to its id: of a sequence one element, of a crossed feature a tuple.
@@ -249,23 +274,23 @@ class Encoder:
 
     def _check(self, rows: Mapping[str, Column], domain: Sequence[str]) -> int:
         """Number of rows, after a look at names and lengths."""
-        required = list(dict.fromkeys([*self.schema.columns, *domain]))
-        optional = [self.schema.label, self.schema.user, self.schema.weight]
-        for name in required:
-            if name not in rows:
-                raise SchemaError(f"rows need a column {name!r}", received=sorted(rows), next_step=nearest(name, rows))
-        lengths = {}
-        for name in [*required, *(name for name in optional if name is not None and name in rows)]:
-            column: Any = rows[name]
-            flat = getattr(column, "ndim", 1) == 1 or (column.ndim == 2 and name in self._lists)
-            if isinstance(column, str | bytes | Mapping | set) or not hasattr(column, "__len__") or not flat:
-                raise SchemaError(
-                    f"column {name!r} must be a list with one value a row", received=type(column).__name__
-                )
-            lengths[name] = len(column)
+        schema = self.schema
+        required = dict.fromkeys([*schema.columns, *domain])
+        optional = [name for name in (schema.label, schema.user, schema.weight) if name is not None and name in rows]
+        lengths = {name: self._length(rows, name) for name in [*required, *optional]}
         if len(set(lengths.values())) > 1:
             raise SchemaError("columns must be equally long", received=lengths)
         return lengths[domain[0]]
+
+    def _length(self, rows: Mapping[str, Column], name: str) -> int:
+        """Of a column, which must be there."""
+        if name not in rows:
+            raise SchemaError(f"rows need a column {name!r}", received=sorted(rows), next_step=nearest(name, rows))
+        column: Any = rows[name]
+        flat = getattr(column, "ndim", 1) == 1 or (column.ndim == 2 and name in self._lists)
+        if isinstance(column, str | bytes | Mapping | set) or not hasattr(column, "__len__") or not flat:
+            raise SchemaError(f"column {name!r} must be a list with one value a row", received=type(column).__name__)
+        return len(column)
 
     def fingerprint(self) -> str:
         """sha256 over schema and vocabularies: equal if and only if every row is encoded alike."""

@@ -116,6 +116,7 @@ def _write(bundle: Bundle, model: nn.Module, folder: Path) -> dict[str, Any]:
     return {
         "model": stored_options(bundle.model_options),
         "bundle_version": bundle.version,
+        "facts": bundle.facts,
         "schema": schema.fingerprint(),
         "base": base_fingerprint(model),
         "domains": list(schema.domains),

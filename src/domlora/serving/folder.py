@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,24 @@ from typing import Any, NamedTuple
 from domlora.errors import BundleError
 from domlora.files import sha256_of
 
-__all__ = ["FORMAT", "MANIFEST", "MIXED", "ONE", "TABLES", "AdaptedLayer", "adapter_file", "read_manifest", "seal"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "MIXED",
+    "ONE",
+    "PLAIN",
+    "TABLES",
+    "AdaptedLayer",
+    "adapter_file",
+    "read_facts",
+    "read_manifest",
+    "seal",
+]
 
 FORMAT = "domlora export 1"
 MANIFEST, MIXED, ONE, TABLES = "manifest.json", "mixed.onnx", "one.onnx", "tables.bin"
+PLAIN = re.compile(r"(adapters/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""What files of an export are called: nothing that leads out of its folder."""
 
 
 class AdaptedLayer(NamedTuple):
@@ -68,11 +83,11 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was compared with it.
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The manifest alone, after its own sha256 was compared; the files it lists are not read.
 
     Raises:
-        BundleError: it is missing or of another format; a file is missing, damaged or not listed.
+        BundleError: it is missing, damaged or of another format.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -80,7 +95,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise BundleError(f"an exported folder must have the format {FORMAT!r}", received=manifest["format"])
         if manifest.pop("sha256") != _digest(manifest):
             raise ValueError(f"{MANIFEST} has another sha256 than it says")
-        known, found = manifest["files"], _files(folder) - {MANIFEST}
+        if not all(PLAIN.fullmatch(name) for name in manifest["files"]):
+            raise ValueError(f"{MANIFEST} names files that no export has")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, BundleError):
             raise
@@ -89,11 +105,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             received=str(folder),
             next_step="Export the bundle again",
         ) from error
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was compared with it.
+
+    Raises:
+        BundleError: it is missing or of another format; a file is missing, damaged, a link or not listed.
+    """
+    manifest = read_facts(folder)
+    known, found = manifest["files"], _files(folder) - {MANIFEST}
     if found != set(known):
         differing = sorted(found ^ set(known))
         raise BundleError("an exported folder must hold the files that its manifest lists", received=differing[:5])
     for name, digest in known.items():
-        if sha256_of(folder / name) != digest:
+        if (folder / name).is_symlink() or sha256_of(folder / name) != digest:
             raise BundleError("a file of the export is damaged: its sha256 is not the manifest's", received=name)
     return manifest
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
@@ -17,12 +17,13 @@ from domlora.errors import BundleError, ConfigError, DataError, UnknownDomainErr
 from domlora.features.schema import Schema
 from domlora.serving.folder import MIXED, ONE, AdaptedLayer, adapter_file, read_manifest
 
-__all__ = ["Plan", "Program"]
+__all__ = ["Banks", "Plan", "Program", "checked_banks", "read_banks"]
 
 Plan = Literal["mixed", "by_domain"]
 Banks = tuple[NDArray[np.float32], ...]
 
 _ROWS_A_DOMAIN = 10  # from here on, a call for each domain costs less than gathering a bank for each row
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 
 
 class _Graphs(NamedTuple):
@@ -33,7 +34,8 @@ class _Graphs(NamedTuple):
     mixed: Any
     one: Any
     reads_domain: bool
-    num_ids: NDArray[np.int64]
+    num_ids: NDArray[np.uint64]
+    num_dense: int
     fed: tuple[str, ...]  # the inputs that take banks
     nothing: Banks  # the banks of a row without a domain
 
@@ -70,12 +72,13 @@ class Program:
         self.domains: tuple[str, ...] = tuple(self._adapters) if adapted else graphs.schema.domains
 
     @classmethod
-    def open(cls, folder: Path, *, threads: int = 1) -> Self:
+    def open(cls, folder: Path, *, threads: int = 1, domains: Collection[str] | None = None) -> Self:
         """Read what :func:`domlora.serving.export.export` wrote, after checking every file of it.
 
         Args:
             folder: the directory. Its tables stay mapped: it must not be changed in place.
             threads: of one call; one for each worker is best where there are as many workers as cores.
+            domains: whose adapters are read; None for all. A network that itself reads the domain has all in any case.
 
         Raises:
             BundleError: no such folder, or a file is missing, damaged or unknown.
@@ -85,24 +88,27 @@ class Program:
         layers = tuple(AdaptedLayer(**layer) for layer in manifest["layers"])
         try:
             sessions = [_session(folder / name, threads) for name in (MIXED, ONE)[: 2 if layers else 1]]
-            files = [load_file(folder / adapter_file(n)) for n in range(schema.num_domains)] if layers else []
-        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        except Exception as error:  # onnxruntime raises errors of kinds of its own
             raise BundleError(f"an exported folder must be readable ({error})", received=str(folder)) from error
+        every = domains is None or manifest["reads_domain"]
+        wanted = schema.domains if every else [name for name in schema.domains if name in (domains or ())]
         graphs = _Graphs(
             schema,
             layers,
             sessions[0],
             sessions[-1],
             manifest["reads_domain"],
-            np.array([f.num_ids for f in schema.categorical for _ in range(f.max_length)], dtype=np.int64),
+            np.array([f.num_ids for f in schema.categorical for _ in range(f.max_length)], dtype=np.uint64),
+            schema.num_dense,
             tuple(name for layer in layers for name in layer.shapes),
             _nothing(layers),
         )
-        adapters = {name: _checked(layers, banks) for name, banks in zip(schema.domains, files, strict=False)}
-        return cls(graphs, adapters)
+        places = {name: place for place, name in enumerate(schema.domains)}
+        read = {name: read_banks(folder / adapter_file(places[name])) for name in wanted} if layers else {}
+        return cls(graphs, {name: checked_banks(layers, banks) for name, banks in read.items()})
 
     def __call__(
-        self, ids: NDArray[Any], dense: NDArray[Any], domain: NDArray[Any], *, plan: Plan | None = None
+        self, ids: NDArray[Any], dense: NDArray[Any], domain: NDArray[Any] | int, *, plan: Plan | None = None
     ) -> NDArray[np.float32]:
         """The logit of each row.
 
@@ -110,7 +116,7 @@ class Program:
         [-1, len(domains)) to ``(B,)``; -1 is a row of no domain, which the base answers.
 
         Args:
-            ids, dense, domain: the rows.
+            ids, dense, domain: the rows; an integer is the domain of all of them, and costs least.
             plan: gather each row's banks (``mixed``), or call the graph of one domain for each domain there is
                 (``by_domain``); None for what costs less. The answers are the same.
 
@@ -119,16 +125,20 @@ class Program:
             UnknownDomainError: a domain out of range.
         """
         self._check(ids, dense, domain)
-        if not len(domain):
+        if not len(ids):
             return np.empty(0, dtype=np.float32)
+        if isinstance(domain, int):
+            if self._graphs.layers and plan != "mixed":
+                return self._of_one(ids, dense, domain)
+            domain = np.full(len(ids), domain)
         if not self._graphs.layers:
-            return self._run(self._graphs.mixed, (ids, dense, domain), ())
-        present = domain[:1] if (domain == domain[0]).all() else np.unique(domain)
+            return self._run(self._graphs.mixed, {"ids": ids, "dense": dense, "domain": domain}, ())
+        present, places = np.unique(domain, return_inverse=True)
         if plan is None:
             plan = "mixed" if len(present) > 1 and len(domain) < _ROWS_A_DOMAIN * len(present) else "by_domain"
         if plan == "mixed":
-            return self._run(self._graphs.mixed, (ids, dense, domain), self._stacked)
-        return self._by_domain(ids, dense, domain, present)
+            return self._mixed(ids, dense, domain, present, places)
+        return self._by_domain(ids, dense, present.tolist(), places)
 
     def with_adapter(self, domain: str, banks: Mapping[str, NDArray[Any]]) -> Self:
         """A program with this adapter for a domain, known or new; the sessions are shared and this program stays as it is.
@@ -148,7 +158,7 @@ class Program:
             raise ConfigError(
                 "this network has weights of its own for each domain, so none can be added to it", received=domain
             )
-        return self._of({**self._adapters, domain: _checked(self._graphs.layers, banks)})
+        return self._of({**self._adapters, domain: checked_banks(self._graphs.layers, banks)})
 
     def without(self, domain: str) -> Self:
         """A program without this domain's adapter.
@@ -181,15 +191,8 @@ class Program:
 
     @cached_property
     def _stacked(self) -> Banks:
-        """All domains' banks in one array an input, those of a smaller rank filled up with zeros."""
-        stacks = []
-        for column in zip(*self._banks, strict=True):
-            shape = np.max([bank.shape for bank in column], axis=0)
-            stack = np.zeros((len(column), *shape), dtype=np.float32)
-            for row, bank in zip(stack, column, strict=True):
-                row[tuple(map(slice, bank.shape))] = bank
-            stacks.append(stack)
-        return tuple(stacks)
+        """The banks of all domains."""
+        return _stack(self._banks)
 
     def _of(self, adapters: Mapping[str, Banks]) -> Self:
         fresh = type(self)(self._graphs, adapters)
@@ -197,42 +200,60 @@ class Program:
             _ = fresh._stacked  # now, and not when the first request waits for it
         return fresh
 
-    def _by_domain(
-        self, ids: NDArray[Any], dense: NDArray[Any], domain: NDArray[Any], present: NDArray[Any]
+    def _mixed(
+        self,
+        ids: NDArray[Any],
+        dense: NDArray[Any],
+        domain: NDArray[Any],
+        present: NDArray[Any],
+        places: NDArray[Any],
     ) -> NDArray[np.float32]:
-        of = [self._graphs.nothing if d < 0 else self._banks[d] for d in present]
-        if len(of) == 1:
-            return self._run(self._graphs.one, (ids, dense, domain), of[0])
-        logits = np.empty(len(domain), dtype=np.float32)
-        order = np.argsort(domain, kind="stable")
-        bounds = np.searchsorted(domain[order], present[1:])
-        for rows, banks in zip(np.split(order, bounds), of, strict=True):
-            logits[rows] = self._run(self._graphs.one, (ids[rows], dense[rows], domain[rows]), banks)
+        """Of the adapters only those that these rows need, numbered anew: there may be thousands, and others tomorrow."""
+        if self._graphs.reads_domain:  # the network itself takes the number
+            return self._run(self._graphs.mixed, {"ids": ids, "dense": dense, "domain": domain}, self._stacked)
+        without = int(present[0] < 0)
+        stack = _stack([self._banks[number] for number in present[without:].tolist()] or [self._graphs.nothing])
+        return self._run(self._graphs.mixed, {"ids": ids, "dense": dense, "domain": places - without}, stack)
+
+    def _by_domain(
+        self, ids: NDArray[Any], dense: NDArray[Any], present: list[int], places: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        if len(present) == 1:
+            return self._of_one(ids, dense, present[0])
+        logits = np.empty(len(ids), dtype=np.float32)
+        order = np.argsort(places, kind="stable")
+        bounds = np.searchsorted(places[order], np.arange(1, len(present)))
+        for rows, number in zip(np.split(order, bounds), present, strict=True):
+            logits[rows] = self._of_one(ids[rows], dense[rows], number)
         return logits
 
-    def _run(self, session: Any, rows: tuple[NDArray[Any], ...], banks: Banks) -> NDArray[np.float32]:
-        feed = dict(zip(("ids", "dense", "domain"), rows, strict=True))
-        if session is self._graphs.one and self._graphs.layers and not self._graphs.reads_domain:
-            del feed["domain"]
-        feed.update(zip(self._graphs.fed, banks, strict=True))
-        return cast(NDArray[np.float32], session.run(["logits"], feed)[0])
+    def _of_one(self, ids: NDArray[Any], dense: NDArray[Any], number: int) -> NDArray[np.float32]:
+        rows = {"ids": ids, "dense": dense}
+        if self._graphs.reads_domain:
+            rows["domain"] = np.full(len(ids), number)
+        return self._run(self._graphs.one, rows, self._graphs.nothing if number < 0 else self._banks[number])
 
-    def _check(self, ids: NDArray[Any], dense: NDArray[Any], domain: NDArray[Any]) -> None:
-        schema = self._graphs.schema
-        num_rows = len(domain) if isinstance(domain, np.ndarray) and domain.ndim else 0
-        _check_array("domain", domain, np.int64, (num_rows,))
-        _check_array("ids", ids, np.int64, (num_rows, schema.num_slots))
-        _check_array("dense", dense, np.float32, (num_rows, schema.num_dense))
+    def _run(self, session: Any, rows: dict[str, NDArray[Any]], banks: Banks) -> NDArray[np.float32]:
+        rows.update(zip(self._graphs.fed, banks, strict=True))
+        logits: NDArray[np.float32] = session.run(["logits"], rows)[0]
+        return logits
+
+    def _check(self, ids: NDArray[Any], dense: NDArray[Any], domain: NDArray[Any] | int) -> None:
+        num_rows = len(ids) if isinstance(ids, np.ndarray) and ids.ndim else 0
+        _check_array("ids", ids, _INT64, (num_rows, self._graphs.num_ids.size))
+        _check_array("dense", dense, _FLOAT32, (num_rows, self._graphs.num_dense))
+        if not isinstance(domain, int):
+            _check_array("domain", domain, _INT64, (num_rows,))
         if not num_rows:
             return
-        wrong = (ids < 0) | (ids >= self._graphs.num_ids)
-        if wrong.any():
+        wrong = ids.view(np.uint64) >= self._graphs.num_ids  # a number below zero is a very large one
+        if np.count_nonzero(wrong):  # costs a fifth of wrong.any()
             row, slot = map(int, np.argwhere(wrong)[0])
-            rule = f"ids of slot {slot} must be from 0 to {self._graphs.num_ids[slot] - 1}"
+            rule = f"ids of slot {slot} must be from 0 to {int(self._graphs.num_ids[slot]) - 1}"
             raise DataError(rule, received=int(ids[row, slot]), next_step="Encode rows with this folder's vocabularies")
-        if not np.isfinite(dense).all():
+        if dense.size and not np.isfinite(dense).all():
             raise DataError("dense numbers must be finite", received=float(dense[~np.isfinite(dense)][0]))
-        lowest, highest = int(domain.min()), int(domain.max())
+        lowest, highest = (domain, domain) if isinstance(domain, int) else (int(domain.min()), int(domain.max()))
         if lowest < -1 or highest >= len(self.domains):
             raise UnknownDomainError(
                 f"domains must be numbers from 0 to {len(self.domains) - 1}, or -1 for none",
@@ -257,8 +278,24 @@ def _nothing(layers: tuple[AdaptedLayer, ...]) -> Banks:
     return tuple(np.zeros([1 if size is None else size for size in shape], dtype=np.float32) for shape in shapes)
 
 
-def _checked(layers: tuple[AdaptedLayer, ...], banks: Mapping[str, NDArray[Any]]) -> Banks:
-    """An adapter's arrays in the order of the inputs."""
+def read_banks(file: Path) -> dict[str, NDArray[np.float32]]:
+    """One domain's adapter from its file.
+
+    Raises:
+        BundleError: it is missing or not whole.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"an adapter's file must be whole ({error})", received=file.name) from error
+
+
+def checked_banks(layers: tuple[AdaptedLayer, ...], banks: Mapping[str, NDArray[Any]]) -> Banks:
+    """An adapter's arrays in the order of the inputs.
+
+    Raises:
+        BundleError: names, shapes or types do not fit, or a number is not finite.
+    """
     shapes = {name: shape for layer in layers for name, shape in layer.shapes.items()}
     if shapes.keys() != banks.keys():
         raise BundleError(
@@ -293,8 +330,22 @@ def _of_rank(
     return [(given[name], shape) for name, shape in layer.shapes.items() if None in shape]
 
 
-def _check_array(name: str, array: object, dtype: Any, shape: tuple[int, ...]) -> None:
-    kind = np.dtype(dtype).name
+def _stack(of: list[Banks]) -> Banks:
+    """Banks of several domains in one array an input, those of a smaller rank filled up with zeros."""
+    return tuple(_stack_input(column) for column in zip(*of, strict=True))
+
+
+def _stack_input(column: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
+    shapes = {bank.shape for bank in column}
+    if len(shapes) == 1:
+        return np.concatenate(column).reshape(len(column), *shapes.pop())
+    stack = np.zeros((len(column), *np.max([bank.shape for bank in column], axis=0)), dtype=np.float32)
+    for row, bank in zip(stack, column, strict=True):
+        row[tuple(map(slice, bank.shape))] = bank
+    return stack
+
+
+def _check_array(name: str, array: object, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
         found = (str(array.dtype), array.shape) if isinstance(array, np.ndarray) else type(array).__name__
-        raise DataError(f"{name} must be an array of {kind} and of shape {shape}", received=found)
+        raise DataError(f"{name} must be an array of {dtype.name} and of shape {shape}", received=found)

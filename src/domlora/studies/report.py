@@ -12,6 +12,7 @@ from domlora.studies.reporting.cells import Line
 from domlora.studies.reporting.findings import families, findings
 from domlora.studies.reporting.latex import to_latex
 from domlora.studies.reporting.page import page
+from domlora.studies.reporting.selection import selected
 from domlora.studies.reporting.tables import DatasetTable, Tables, tabulate
 from domlora.studies.reporting.text import plain_markdown, to_csv, to_markdown
 
@@ -41,12 +42,13 @@ def write_report(
         title: heading of the page; by default the names of the studies.
         notes: paragraphs that stand below the findings, as plain text.
         command: the command line that makes these results.
-        facts: how the study's arms are to be read, see :func:`domlora.studies.reporting.arms.arms_of`.
+        facts: how the study's arms are to be read, see :func:`domlora.studies.reporting.arms.arms_of`, and which it derives,
+            see :func:`domlora.studies.reporting.selection.selected`.
 
     Raises:
         DataError: no run of a model.
     """
-    tables = tabulate(results)
+    tables = tabulate(selected(results, facts or {}))
     arms = arms_of(facts or {}, tables)
     heading = title or f"Study {', '.join(_studies(tables)) or 'without a name'}"
     outputs = [(out_html, page(tables, arms, heading, notes, command))]

@@ -16,7 +16,7 @@ from domlora.models.build import MODELS
 from domlora.studies.searching.space import Options, Range, Search, Space, dotted, nested, read_space, space_of
 from domlora.training.methods import METHODS
 
-__all__ = ["Arm", "DatasetSpec", "Study", "read_facts", "write_facts"]
+__all__ = ["Arm", "DatasetSpec", "Selection", "Study", "read_facts", "write_facts"]
 
 _FACTS = "study.json"
 _BASE, _TRUTH = "base", "truth"
@@ -65,6 +65,19 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """An arm of the report alone: in each seed the candidate that validation prefers in the other seeds.
+
+    Args:
+        of: the candidates; the first of equal ones is taken.
+        title: what the report calls it.
+    """
+
+    of: tuple[str, ...]
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """What is compared.
 
@@ -78,6 +91,7 @@ class Study:
         config: options of all models, as for ``domlora pretrain``.
         overrides: options of single models on top.
         arms: by name; those that ``methods`` names are run.
+        select: arms that the report derives from others, by name; see :mod:`domlora.studies.reporting.selection`.
         search: what is tuned, and how; nothing without it.
         reference, steps: how the report reads the arms: which one they are compared with, and an order in which each adds
             one thing to the one before.
@@ -96,6 +110,7 @@ class Study:
     config: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
+    select: dict[str, Selection] = field(default_factory=dict)
     search: Search | None = None
     reference: str = _BASE
     steps: tuple[str, ...] = ()
@@ -107,6 +122,7 @@ class Study:
         _check_names("overrides of a model", self.overrides, self.models)
         self._check_arms()
         _check_names("method", self.methods, [*METHODS, *self.arms])
+        self._check_selections()
         _check_names("arm as reference or step", (self.reference, *self.steps), [_BASE, *self.methods])
         for dataset in self.datasets:
             for model in self.models:
@@ -184,6 +200,15 @@ class Study:
                 received=arm.tuned_as,
             )
 
+    def _check_selections(self) -> None:
+        for name, selection in self.select.items():
+            if not name or name in (*METHODS, *MODELS, *self.arms, _TRUTH):
+                rule = "a selection needs a name that no method, no model and no arm has"
+                raise ConfigError(rule, received=name)
+            _check_names(f"candidate of selection {name!r}", selection.of, [_BASE, *self.methods])
+            if len(set(selection.of)) < max(len(selection.of), 2):
+                raise ConfigError(f"selection {name!r} needs two candidates that differ", received=selection.of)
+
     def _check_search(self, search: Search) -> None:
         """Every arm has something to tune, every option is known, and every value is one that it may have."""
         _check_names("model, method or arm in search.of", search.of, [*self.models, *METHODS, *self.arms])
@@ -204,7 +229,8 @@ def write_facts(study: Study, folder: Path, command: str) -> None:
         "command": command,
         "reference": study.reference,
         "steps": study.steps,
-        "titles": {name: arm.title for name, arm in study.arms.items() if arm.title},
+        "titles": {name: arm.title for name, arm in (study.arms | study.select).items() if arm.title},
+        "select": {name: {"of": selection.of} for name, selection in study.select.items()},
     }
     (folder / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 

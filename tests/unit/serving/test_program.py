@@ -210,7 +210,7 @@ def test_arrays_of_another_kind_are_refused(program, rows):
         (ids, dense, domain[:, None]),
         (ids, dense, domain[:-1]),
         (ids, dense, [0] * 8),
-        (ids, dense, 3),
+        (ids, dense, 3.0),
         (ids, dense, None),
     ]
     for each in bad:

@@ -460,3 +460,13 @@ def test_contrast(theme):
 def test_contrast_is_measured_right():
     assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+def test_the_page_says_what_was_selected(tmp_path: Path) -> None:
+    facts = {"select": {HOSTILE: {"of": ["base", "joint"]}}}
+    lines = results(num_seeds=4, effect=0.01)
+    text, page = page_of(lines, tmp_path, facts=facts)
+    assert "4 of 4 seeds" in page.text
+    assert "12 runs on 1 dataset" in page.text
+    assert "<script" not in text
+    assert "What was selected" not in page_of(lines, tmp_path)[1].text

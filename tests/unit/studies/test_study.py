@@ -47,6 +47,11 @@ SPACE = {
         ),
         ({"methods": ["joint"], "arms": {"a": {"method": "joint"}}, "steps": ["a"]}, "reference or step.*'a'"),
         ({"reference": "joint"}, "reference or step.*'joint'"),
+        ({"select": {"joint": {"of": ["base", "two_stage"]}}}, "name that no method.*'joint'"),
+        ({"select": {"best": {"of": ["base", "joint"]}}}, "candidate of selection 'best'.*'joint'"),
+        ({"select": {"best": {"of": ["base"]}}}, "two candidates.*'base'"),
+        ({"select": {"best": {"of": ["base", "base"]}}}, "two candidates"),
+        ({"select": {"best": {"from": ["base", "two_stage"]}}}, r"\[select.best\].*'from'"),
     ],
 )
 def test_a_mistake_is_found_before_anything_runs(study: Any, options: dict[str, Any], said: str) -> None:
@@ -173,14 +178,16 @@ def test_seeds_of_the_search_are_none_of_the_study_unless_asked(study: Any) -> N
 def test_facts_of_a_study(study: Any, tmp_path: Path) -> None:
     assert read_facts(tmp_path / "nowhere") == {"title": "nowhere", "command": ""}
     arms = {"t4": {"method": "joint", "title": "temperature 4"}, "t8": {"method": "joint"}}
-    plan = study(title="Small", methods=["t4", "t8"], arms=arms, reference="t8", steps=["t4"])
+    select = {"best": {"of": ["base", "t8"], "title": "none or temperature 8"}}
+    plan = study(title="Small", methods=["t4", "t8"], arms=arms, reference="t8", steps=["t4"], select=select)
     write_facts(plan, tmp_path, "domlora study small.toml")
     assert read_facts(tmp_path) == {
         "title": "Small",
         "command": "domlora study small.toml",
         "reference": "t8",
         "steps": ["t4"],
-        "titles": {"t4": "temperature 4"},
+        "titles": {"t4": "temperature 4", "best": "none or temperature 8"},
+        "select": {"best": {"of": ["base", "t8"]}},
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from domlora.studies.reporting.cells import BASE, TRUTH, Scores, compare, means, scores_of, value_of
+from domlora.studies.reporting.selection import is_selected
 from domlora.studies.reporting.statistics import Interval, Spread, paired, spread
 from domlora.studies.reporting.tables import MEAN, DatasetTable, Tables
 
@@ -232,7 +233,7 @@ def _scores(dataset: DatasetTable) -> Scores:
 def _sizes(dataset: DatasetTable) -> dict[tuple[str, str], int]:
     found: dict[tuple[str, str], list[int]] = {}
     for line in dataset.runs:
-        if line["method"] != TRUTH and line.get("params_total"):
+        if line["method"] != TRUTH and not is_selected(line) and line.get("params_total"):
             size = int(line["params_total"]) - int(line.get("params_tables") or 0)
             found.setdefault((line["model"], line["method"]), []).append(size)
     return {key: round(sum(sizes) / len(sizes)) for key, sizes in found.items()}
@@ -263,7 +264,8 @@ def _groups(dataset: DatasetTable) -> dict[tuple[str, str], dict[float, str]]:
     """(option, kind) -> value -> arm, wherever at least three arms of a kind have all else in common."""
     found: dict[tuple[str, str], dict[float, str]] = {}
     for row in dataset.models:
-        runs = {line["method"]: line for line in reversed(dataset.runs) if line["model"] == row.model}
+        trained = [line for line in reversed(dataset.runs) if line["model"] == row.model and not is_selected(line)]
+        runs = {line["method"]: line for line in trained}
         options = {m: _flat(runs[m].get("config") or {}) for m in dataset.methods if m in runs}
         kinds = {method: str(runs[method].get("kind") or method) for method in options}
         for option in dict.fromkeys(name for own in options.values() for name in own):

@@ -33,7 +33,8 @@ from domlora.studies.reporting.findings import (
     share_text,
     word,
 )
-from domlora.studies.reporting.sheets import MANY_METHODS, parameter_counts
+from domlora.studies.reporting.selection import Candidate, candidates, is_selected
+from domlora.studies.reporting.sheets import MANY_METHODS, SELECTED, parameter_counts
 from domlora.studies.reporting.statistics import interval_text, p_text, p_value, score_text, verdict
 from domlora.studies.reporting.tables import MEAN, DatasetTable, DomainRow, Tables, shown_domains
 
@@ -58,6 +59,7 @@ class _Section:
     families: tuple[Family, ...]
     figures: tuple[tuple[str, str], ...]
     num_intervals: int
+    candidates: tuple[Candidate, ...]
     model_plot: _Plot | None
     quality: _Plot | None
     switches: tuple[Switches, ...]
@@ -87,6 +89,12 @@ class _Section:
             ("curves", "Learning curves", self.curves),
         )
         return tuple((f"{self.anchor}-{name}", title) for name, title, shown in known if shown)
+
+    @property
+    def selections(self) -> tuple[tuple[tuple[str, str], tuple[Candidate, ...]], ...]:
+        """Candidates by model and selected arm."""
+        keys = dict.fromkeys((each.model, each.arm) for each in self.candidates)
+        return tuple((key, tuple(each for each in self.candidates if (each.model, each.arm) == key)) for key in keys)
 
     @property
     def switch_title(self) -> str:
@@ -133,7 +141,8 @@ def page(tables: Tables, arms: Arms, title: str, notes: Sequence[str], command: 
         corrected=tables.corrected,
         count_plots=list(_count_plots(tables)),
         arms=list(_arms(runs, tables.methods, arms)),
-        num_runs=len(runs),
+        num_runs=sum(not is_selected(line) for line in runs),
+        selected=SELECTED,
         studies=_distinct(tables.runs, "study"),
         versions=_versions(tables.runs),
         seconds=math.fsum(line.get("seconds") or 0.0 for line in runs),
@@ -151,6 +160,7 @@ def _section(dataset: DatasetTable, number: int, tables: Tables, arms: Arms) -> 
         families=families(dataset),
         figures=tuple(_key_figures(dataset, found)),
         num_intervals=len(scored),
+        candidates=candidates(dataset.runs),
         model_plot=_model_plot(dataset, moved, tables.methods),
         quality=_quality_plot(dataset, tables.methods),
         switches=moved,

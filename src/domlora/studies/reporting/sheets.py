@@ -10,13 +10,19 @@ from typing import NamedTuple, TypeAlias
 from domlora.studies.reporting.arms import Arms, OptionCurve, Switches, domain_count_curves, option_curves, switches
 from domlora.studies.reporting.cells import BASE, TRUTH, Cell
 from domlora.studies.reporting.findings import families, percent, share_text
+from domlora.studies.reporting.selection import candidates
 from domlora.studies.reporting.statistics import DASH, MINUS, Interval, Spread, p_text, p_value
 from domlora.studies.reporting.tables import DatasetTable, ModelRow, ParameterRow, Tables, shown_domains
 
-__all__ = ["MANY_METHODS", "Difference", "Item", "Sheet", "parameter_counts", "sheets"]
+__all__ = ["MANY_METHODS", "SELECTED", "Difference", "Item", "Sheet", "parameter_counts", "sheets"]
 
 MANY_METHODS = 5
 """A table with more methods than this has a line a method, not a column."""
+
+SELECTED = (
+    "Nothing is trained for these arms: each seed takes the candidate with the best mean validation WAUC over the other "
+    "seeds, so that no seed chooses for itself and the test split decides nothing."
+)
 
 
 class Difference(NamedTuple):
@@ -48,13 +54,13 @@ class Sheet:
 
 
 def sheets(tables: Tables, arms: Arms | None = None, *, most_columns: int = MANY_METHODS) -> tuple[Sheet, ...]:
-    """The main table and its corrections, what switches and options move, then domains and parameters.
+    """The main table, its corrections and what was selected, what switches and options move, then domains and parameters.
 
     Args:
         arms: how the study wants its arms to be read.
         most_columns: with more methods than this, a table has a line a method.
     """
-    found = [_main(tables, most_columns), *_corrections(tables)]
+    found = [_main(tables, most_columns), *_corrections(tables), *_selections(tables)]
     for dataset in tables.datasets:
         found += _switches(dataset, arms or Arms())
         found += _curves(option_curves(dataset), f"Options on {dataset.name}")
@@ -118,6 +124,22 @@ def _corrections(tables: Tables) -> Iterator[Sheet]:
     if rows:
         note = "Holm's correction takes the models of a dataset together, method by method."
         yield Sheet("Over all models", note, ("dataset", "method", "models", "gain", "loss", "after Holm"), rows, 2)
+
+
+def _selections(tables: Tables) -> Iterator[Sheet]:
+    rows = tuple(
+        (dataset.name, each.model, each.arm, each.name, each.valid, f"{each.taken} of {each.num_seeds} seeds")
+        for dataset in tables.datasets
+        for each in candidates(dataset.runs)
+    )
+    if rows:
+        yield Sheet(
+            "What was selected",
+            SELECTED,
+            ("dataset", "model", "arm", "candidate", "validation WAUC", "taken in"),
+            rows,
+            4,
+        )
 
 
 # ----------------------------------------------------------------------------------------------- switches and curves

@@ -26,6 +26,7 @@ from domlora.studies.reporting.cells import (
     scores_of,
     value_of,
 )
+from domlora.studies.reporting.selection import is_selected
 from domlora.studies.reporting.statistics import Spread, p_value, spread
 
 __all__ = [
@@ -319,7 +320,7 @@ def _domain_row(name: str, facts: Sequence[Line], truth: Truth, cells: tuple[Cel
 def _parameter_rows(runs: Sequence[Line], model: str) -> Iterator[ParameterRow]:
     methods: dict[tuple[int, int, int, int | None], list[str]] = {}
     for line in runs:
-        if line["model"] != model or any(line.get(key) is None for key in COUNTS):
+        if line["model"] != model or is_selected(line) or any(line.get(key) is None for key in COUNTS):
             continue
         own = line.get("params_per_domain")
         total, tables, adapters = (int(line[key]) for key in COUNTS)
@@ -338,7 +339,7 @@ def _curve(line: Line) -> Curve:
 
 
 def _cautions(dataset: DatasetTable) -> Iterator[str]:
-    runs = [line for line in dataset.runs if line["method"] != TRUTH]
+    runs = [line for line in dataset.runs if line["method"] != TRUTH and not is_selected(line)]
     expected = len({(line["model"], line["method"]) for line in runs}) * len(dataset.seeds)
     if len(runs) < expected:
         yield (

@@ -18,9 +18,9 @@ __all__ = ["plain_markdown", "to_csv", "to_markdown"]
 _COLUMNS = (
     *("dataset", "model", "method", "seed", "wauc", "macro_auc", "log_loss", "params_total", "params_adapters"),
     *("auc", "gauc", "normalized_entropy", "pcoc", "ece", "valid_wauc", "params_tables", "best_epoch", "config_hash"),
-    *("kind", "params_per_domain", "seconds"),
+    *("kind", "params_per_domain", "seconds", "selected"),
 )
-_WORDS = ("dataset", "model", "method", "config_hash", "kind")
+_WORDS = ("dataset", "model", "method", "config_hash", "kind", "selected")
 _WHOLE = ("seed", "params_per_domain", *COUNTS)
 _ROUNDED = ("best_epoch", "seconds")
 

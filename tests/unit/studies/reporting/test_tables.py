@@ -336,10 +336,10 @@ def test_csv():
     assert text == (
         "dataset,model,method,seed,wauc,macro_auc,log_loss,params_total,params_adapters,"
         "auc,gauc,normalized_entropy,pcoc,ece,valid_wauc,params_tables,best_epoch,config_hash,"
-        "kind,params_per_domain,seconds\n"
-        "toy,mlp,base,1,,,,100,0,,,,,,,60,,c0ffee,base,,\n"
-        "toy,mlp,base,2,0.750000,,,100,0,,,,,,,60,,c0ffee,base,,\n"
-        "toy,mlp,joint,1,0.760000,0.500000,0.456789,120,20,0.751000,,,,,,60,2.50,c0ffee,other,10,1.23\n"
+        "kind,params_per_domain,seconds,selected\n"
+        "toy,mlp,base,1,,,,100,0,,,,,,,60,,c0ffee,base,,,\n"
+        "toy,mlp,base,2,0.750000,,,100,0,,,,,,,60,,c0ffee,base,,,\n"
+        "toy,mlp,joint,1,0.760000,0.500000,0.456789,120,20,0.751000,,,,,,60,2.50,c0ffee,other,10,1.23,\n"
     )
 
 

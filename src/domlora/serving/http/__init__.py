@@ -1,0 +1,1 @@
+"""The HTTP face of a program: processes, protocol, limits, routes."""

@@ -1,0 +1,137 @@
+"""The application: from a path to its handler, and from what it says to bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from time import perf_counter
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+from domlora.serving.console import handlers as console
+from domlora.serving.http import admin, v2
+from domlora.serving.http.answers import Answer, Handler, NotFoundError, Request, json_answer, reason_of, refusal
+from domlora.serving.http.feedback import feedback
+from domlora.serving.http.limits import read_body
+from domlora.serving.http.logs import App, Receive, Scope, Send
+from domlora.serving.http.metrics import CONTENT_TYPE
+from domlora.serving.http.score import scored
+from domlora.serving.http.service import Service
+
+__all__ = ["make_app"]
+
+_LOG = logging.getLogger("domlora.serving")
+_FAILED = 500
+_NO_QUERY: Mapping[str, str] = {}
+
+
+class _Route(NamedTuple):
+    """What answers a path.
+
+    Args:
+        name: as metrics have it.
+        handler: that answers.
+        methods: of HTTP that it takes; None where the handler looks itself.
+        slow: whether it waits or works for long, and so runs in a thread.
+    """
+
+    name: str
+    handler: Handler
+    methods: tuple[str, ...] | None = ("GET", "HEAD")
+    slow: bool = False
+
+
+def make_app(service: Service) -> App:
+    """The application of a service.
+
+    Its routes are few and most are whole paths: one look into a dictionary finds them. Handlers are called on the event
+    loop, slow ones in a thread.
+
+    Args:
+        service: what handlers share.
+    """
+    return _Application(service)
+
+
+class _Application:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._routes = _routes(service)
+        self._below = {path: route for path, route in self._routes.items() if path.endswith("/")}
+        self._infer = _Route("infer", v2.model, ("POST",))
+        self._admin = _Route("admin", admin.handle, None, slow=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError(f"this application answers HTTP alone, not {scope['type']!r}")
+        route = self._routes.get(scope["path"]) or self._found(scope["path"])
+        arrived = scope.get("arrived") or perf_counter()
+        try:
+            answer = await self._answer(route, scope, receive, arrived)
+        except Exception as error:
+            answer = refusal(error)
+            if answer.status == _FAILED:
+                _LOG.exception("failed", extra={"fields": {"route": route.name}})
+            self._service.metrics.rejected(reason_of(error))
+        self._service.answered(route.name, answer, perf_counter() - arrived)
+        body = answer.body
+        headers = [
+            (b"content-type", answer.content_type.encode()),
+            (b"content-length", b"%d" % len(body)),
+            *answer.headers,
+        ]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, route: _Route, scope: Scope, receive: Receive, arrived: float) -> Answer:
+        method, raw = scope["method"], scope["query_string"]
+        if route.methods is not None and method not in route.methods:
+            allowed = ", ".join(route.methods)
+            told = {"error": f"this route takes {allowed}. Received: {method!r}.", "next_step": ""}
+            return json_answer(told, 405, ((b"allow", allowed.encode()),))
+        body = await read_body(scope, receive, self._service.settings)
+        query = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)) if raw else _NO_QUERY
+        request = Request(method, scope["path"], query, dict(scope["headers"]), body, arrived)
+        if route.slow:
+            return await asyncio.to_thread(route.handler, self._service, request)
+        return route.handler(self._service, request)
+
+    def _found(self, path: str) -> _Route:
+        """The route of a path that is not whole in the dictionary."""
+        if path.startswith(v2.PREFIX):
+            return self._infer if path.endswith("/infer") else self._below[v2.PREFIX]
+        if admin.handles(path):
+            return self._admin
+        fitting = [prefix for prefix in self._below if path.startswith(prefix)]
+        return self._below[max(fitting, key=len)] if fitting else _NOWHERE
+
+
+def _routes(service: Service) -> dict[str, _Route]:
+    """Path to route; one that ends in ``/`` is for all paths below it that have none of their own."""
+    found = {
+        "/v1/score": _Route("score", scored, ("POST",)),
+        f"{v2.PREFIX}{service.live.current.name}/infer": _Route("infer", v2.infer, ("POST",)),
+        v2.PREFIX: _Route("model", v2.model),
+        "/v2": _Route("server", v2.server),
+        "/v2/health/live": _Route("health", v2.live),
+        "/v2/health/ready": _Route("health", v2.ready),
+        "/v1/feedback": _Route("feedback", feedback, ("POST",)),
+        "/metrics": _Route("metrics", _metrics, slow=True),
+    }
+    if service.settings.console:
+        pages = console.routes().items()
+        found.update({path: _Route("console", handler, slow=True) for path, handler in pages})
+    return found
+
+
+def _metrics(service: Service, _: Request) -> Answer:
+    service.tell()
+    return Answer(200, service.metrics.expose(), CONTENT_TYPE)
+
+
+def _nowhere(_: Service, request: Request) -> Answer:
+    raise NotFoundError("no such route", received=request.path[:200])
+
+
+_NOWHERE = _Route("none", _nowhere, None)

@@ -1,0 +1,194 @@
+"""What a server counts, for Prometheus.
+
+Several workers count into files of one folder, each into those of its place: a worker that is started anew goes on where
+the one before stopped, and any of them can show the sum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.multiprocess import MultiProcessCollector
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+NO_DOMAIN, OTHER = "", "other"
+_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """Counters of one worker, each series looked up once and kept.
+
+    The label ``domain`` has the domains that :meth:`know` was told, up to ``max_domains``; any other is ``other``, so that a
+    client cannot make series. A request of several domains or none has the empty domain.
+
+    Args:
+        max_domains: series of their own.
+        folder: where workers count together; None for a process alone.
+        place: of this worker, a number that no other living process of the folder has.
+
+    Example:
+        >>> metrics = Metrics()
+        >>> metrics.know(["toys"])
+        >>> metrics.answered("score", 200, "toys", 64, 0.002)
+        >>> metrics.answered("score", 200, "no such domain", 64, 0.002)
+        >>> [line for line in metrics.expose().decode().splitlines() if line.startswith("domlora_rows_total")]
+        ['domlora_rows_total{domain="toys"} 64.0', 'domlora_rows_total{domain="other"} 64.0']
+    """
+
+    def __init__(self, max_domains: int = 1_000, folder: Path | None = None, place: int = 0) -> None:
+        self._max_domains = max_domains
+        self._known: set[str] = set()
+        self._folder = folder
+        self._registry = CollectorRegistry()
+        _count_into(folder, place)
+        self._requests = self._counter("requests", "Answers, refusals among them", "route", "status")
+        self._by_domain = self._counter("domain_requests", "Answers to scoring requests", "domain", "status")
+        self._rows = self._counter("rows", "Rows scored", "domain")
+        self._seconds = Histogram(
+            "domlora_request_seconds",
+            "From a request's first byte to its answer",
+            ["route"],
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._rejected = self._counter("rejected", "Requests refused by a limit", "reason")
+        self._score = self._counter(
+            "probability_sum", "Sum of the probabilities answered; over rows: their mean", "domain"
+        )
+        self._ids = self._counter("unknown_ids", "Values scored as out-of-vocabulary", "feature")
+        self._domains = self._counter("unknown_domain", "Rows of a domain that has no adapter")
+        self._predicted = self._counter("predicted_sum", "Sum of the probabilities of rows with feedback", "domain")
+        self._observed = self._counter("observed_sum", "Sum of what happened in rows with feedback", "domain")
+        self._matched = self._counter("observed_rows", "Rows with feedback", "domain")
+        self._swaps = self._counter("swaps", "Other versions or adapters taken into service")
+        self._loads = self._counter("adapter_loads", "Adapters read into memory", "result")
+        self._starts = self._counter("worker_starts", "Workers started; more than there are: some were started anew")
+        self._version = Gauge(
+            "domlora_bundle_version", "Version in service", registry=self._registry, multiprocess_mode="mostrecent"
+        )
+        self._series: dict[Any, tuple[Any, ...]] = {}
+
+    def know(self, domains: Iterable[str]) -> None:
+        """These domains have series of their own from now on; those known before keep theirs."""
+        for domain in domains:
+            if len(self._known) >= self._max_domains:
+                break
+            self._known.add(domain)
+
+    def answered(self, route: str, status: int, domain: str | None, rows: int, seconds: float) -> None:
+        """One answer.
+
+        Args:
+            route: a name from a fixed set, such as ``score``; not a path.
+            status: of HTTP.
+            domain: of a scoring request of one domain; None for several, or for another route.
+            rows: how many were scored; 0 where none were.
+            seconds: since its first byte.
+        """
+        requests, duration = self._of((route, status), self._route_series)
+        requests.inc()
+        duration(seconds)
+        if rows or domain is not None:
+            answers, scored = self._of((domain, status, None), self._domain_series)
+            answers.inc()
+            scored.inc(rows)
+
+    def scored(self, domain: str | None, total_probability: float, rows: int) -> None:
+        """Rows of a domain and the sum of their probabilities; a request of several domains tells each."""
+        del rows  # counted with the answer
+        self._of(("score", domain), self._score_series)[0].inc(total_probability)
+
+    def unknown_ids(self, feature: str, n: int = 1) -> None:
+        """Values of a feature that the vocabulary does not hold."""
+        self._ids.labels(feature).inc(n)
+
+    def unknown_domain(self, n: int = 1) -> None:
+        """Rows of a domain without an adapter."""
+        self._domains.inc(n)
+
+    def observed(self, domain: str | None, predicted_total: float, observed_total: float, n: int) -> None:
+        """Feedback that met its rows: what was predicted for them and what happened."""
+        name = self._name(domain)
+        self._predicted.labels(name).inc(predicted_total)
+        self._observed.labels(name).inc(observed_total)
+        self._matched.labels(name).inc(n)
+
+    def rejected(self, reason: str) -> None:
+        """A request that the application refused, by a reason from a fixed set; :meth:`answered` counts its answer."""
+        self._rejected.labels(reason).inc()
+
+    def refused(self, reason: str, status: int, n: int) -> None:
+        """Answers that a limit gave before there was an application to ask."""
+        self._rejected.labels(reason).inc(n)
+        self._requests.labels("refused", status).inc(n)
+
+    def swapped(self) -> None:
+        """Another version or adapter went into service."""
+        self._swaps.inc()
+
+    def loaded(self, result: str) -> None:
+        """An adapter was read, or not: ``ok``, ``refused``, ``evicted``."""
+        self._loads.labels(result).inc()
+
+    def started(self) -> None:
+        """A worker was started."""
+        self._starts.inc()
+
+    def serves(self, version: str) -> None:
+        """The version in service; one that is not a number shows as 0."""
+        self._version.set(int(version) if version.isdigit() else 0)
+
+    def expose(self) -> bytes:
+        """All workers' counters in the text format."""
+        if self._folder is None:
+            return generate_latest(self._registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together, str(self._folder))  # type: ignore[no-untyped-call]
+        return generate_latest(together)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"domlora_{name}", text, labels, registry=self._registry)
+
+    def _name(self, domain: str | None) -> str:
+        if domain is None:
+            return NO_DOMAIN
+        return domain if domain in self._known else OTHER
+
+    def _of(self, key: Any, make: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
+        found = self._series.get(key)
+        return found if found is not None else make(key)
+
+    def _route_series(self, key: tuple[str, int]) -> tuple[Any, ...]:
+        route, status = key
+        series = (self._requests.labels(route, status), self._seconds.labels(route).observe)
+        self._series[key] = series
+        return series
+
+    def _domain_series(self, key: tuple[str | None, int, None]) -> tuple[Any, ...]:
+        name = self._name(key[0])
+        series = (self._by_domain.labels(name, key[1]), self._rows.labels(name))
+        if name != OTHER:  # else a client fills the table
+            self._series[key] = series
+        return series
+
+    def _score_series(self, key: tuple[str, str | None]) -> tuple[Any, ...]:
+        name = self._name(key[1])
+        series = (self._score.labels(name),)
+        if name != OTHER:
+            self._series[key] = series
+        return series
+
+
+def _count_into(folder: Path | None, place: int) -> None:
+    """Choose where prometheus_client keeps values; it looks when a series is made."""
+    if folder is None:
+        return
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue(partial(int, place))  # type: ignore[no-untyped-call]

@@ -1,0 +1,86 @@
+"""The verbs of ``domlora ab``, from a draft to a decision on a log in a store."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from domlora.abtest.assignment import Assigner
+from domlora.abtest.log import EventLog, Feedback
+from domlora.abtest.registry import Registry
+from domlora.cli import app
+from domlora.errors import ConfigError
+
+DAY = 86_400.0
+
+
+def run(*words: object) -> str:
+    found = CliRunner().invoke(app, ["ab", *map(str, words)], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_from_a_draft_to_a_decision(tmp_path: Path) -> None:
+    """Assigned by us, logged by the event log, analyzed by the command line: the parts fit together."""
+    told = ["--arm", "now", "--arm", "wide,version=2,weight=1", "--effect", "0.3", "--guardrail", "cvr=0.9"]
+    assert "wide: draft" in run("create", tmp_path, "wide", *told, "--share", "0.5", "--share", "1@2")
+    registry = Registry.open(tmp_path / "experiments")
+    begun = time.time() - 5.5 * DAY
+    assert registry.start("wide", now_s=begun).share == ((0.0, 0.5), (2 * DAY, 1.0))
+    serve_days(tmp_path, registry, begun)
+    assert "| wide | running | default | 100% | now, wide | ctr |" in run("list", tmp_path)
+    assert json.loads(run("list", tmp_path, "--json"))[0]["primary"] == "ctr"
+    raw = json.loads(run("analyze", tmp_path, "wide", "--json"))
+    assert raw["sample_ratio"]["crossed"] == 0
+    assert (raw["decision"]["verdict"], raw["decision"]["arm"]) == ("ship", "wide")
+    assert "# wide: ship wide" in run("analyze", tmp_path, "wide")
+    assert "days find" in run("power", tmp_path, "--effect", "0.1")
+    assert json.loads(run("power", tmp_path, "--json"))["metric"] == "ctr"
+    assert "wide: stopped" in run("stop", tmp_path, "wide")
+
+
+def serve_days(store: Path, registry: Registry, begun: float) -> None:
+    assigner, random = Assigner(registry.all()), np.random.default_rng(0)
+    log = EventLog(store / "log", flush_s=60.0, tidy_s=None)
+    for day in range(5):
+        for unit in range(600):
+            name, request, now = f"user-{unit}", f"r{day}-{unit}", begun + day * DAY + unit
+            assignments = assigner.assign(name, "toys", now)
+            log.exposed(request, now, name, "toys", assignments, "1", "1", np.full(4, 0.1, np.float32))
+            better = bool(assignments) and assignments[0].arm.name == "wide"
+            for row in np.flatnonzero(random.random(4) < (0.2 if better else 0.1)):
+                log.happened(Feedback(request, int(row), "click", 1.0, now + 9))
+                if random.random() < 0.5:
+                    log.happened(Feedback(request, int(row), "conversion", 5.0, now + 90))
+    log.close()
+
+
+def test_ramp_from_the_command_line(tmp_path: Path) -> None:
+    run("create", tmp_path, "bare", "--arm", "now", "--arm", "bare,adapters=off", "--share", "0.1", "--domain", "toys")
+    assert "bare: running, 10% of all units" in run("start", tmp_path, "bare")
+    assert "bare: running, 40% of all units" in run("ramp", tmp_path, "bare", "0.4")
+    found = Registry.open(tmp_path / "experiments").get("bare")
+    assert found.domains == ("toys",)
+    assert not found.arms[1].adapters
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--arm", "now", "--arm", "wide,colour=4"), "an arm is NAME"),
+        (("--arm", "now", "--arm", "wide,weight=x"), "takes a number"),
+        (("--arm", "now", "--arm", "wide,version=1.5"), "takes a whole number"),
+        (("--arm", "now"), "two or more arms"),
+        (("--arm", "now", "--arm", "wide", "--guardrail", "clicks=1"), "unknown metric"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, words: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        run("create", tmp_path, "wide", *words)
+    with pytest.raises(ConfigError, match="must be a folder"):
+        run("list", tmp_path / "nowhere")
