@@ -99,6 +99,7 @@ def log_of(folder: Path, *, memory: str = "4GB", threads: int | None = None) -> 
             if threads is not None:
                 connection.execute(f"SET threads = {threads}")
             connection.execute("SET preserve_insertion_order = false")
+            connection.execute("SET enable_progress_bar = false")  # it would stand among the lines of who prints
             _make_view(connection, "exposures", files["exposures"], EXPOSURES)
             _make_view(connection, "feedback", files["feedback"], FEEDBACK)
             yield Log(connection)

@@ -20,7 +20,7 @@ __all__ = ["correct_", "correct_backward_", "is_better"]
 
 
 def is_better(banks: Banks, segments: Segments) -> bool:
-    """Whether the domains of the batch are so few that all their ``A`` beside each other are a few times as large as the layer."""
+    """Whether the domains of the batch are few: all their ``A`` beside each other not much larger than the layer."""
     _, width, rank = banks.a.shape
     return len(segments.names) * rank <= 4 * (width + banks.b.shape[-1])
 

@@ -118,17 +118,18 @@ def refusal(error: BaseException) -> Answer:
 
     Example:
         >>> refusal(DataError("ids must be INT64", received="INT32", next_step="Cast them")).body
-        b'{"error":"ids must be INT64. Received: \\'INT32\\'.","next_step":"Cast them."}'
+        b'{"error":"ids must be INT64. Received: \\'INT32\\'.","next_step":"Cast them.","reason":"invalid"}'
         >>> refusal(KeyError("/etc/secret")).status, refusal(KeyError("/etc/secret")).body
-        (500, b'{"error":"the server failed","next_step":"Its log says why."}')
+        (500, b'{"error":"the server failed","next_step":"Its log says why.","reason":"failed"}')
     """
     status = next((status for kind, status, _ in _STATUS if isinstance(error, kind)), 500)
     if not isinstance(error, DomloraError):
-        return json_answer({"error": "the server failed", "next_step": "Its log says why."}, status)
+        return json_answer({"error": "the server failed", "next_step": "Its log says why.", "reason": "failed"}, status)
     text = _PATH.sub("...", str(error).removesuffix(error.next_step).rstrip())
     said = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     again = ((b"retry-after", b"1"),) if status == 503 else ()
-    return json_answer({"error": _sayable(said), "next_step": _sayable(error.next_step[:_LONGEST])}, status, again)
+    told = {"error": _sayable(said), "next_step": _sayable(error.next_step[:_LONGEST]), "reason": reason_of(error)}
+    return json_answer(told, status, again)
 
 
 def reason_of(error: BaseException) -> str:
