@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -291,9 +292,9 @@ def _recipe(recipe: Recipe) -> Recipe:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Mean AUC in points and its 95 % interval over seeds, a line an arm and a column a number of rows."""
+    """Mean AUC in points and its 95 % interval over seeds, a line an arm, a column a number of rows; all domains first."""
     sizes = sorted({line["rows"] for line in lines}, key=_order)
-    out = []
+    out = [over_all(lines, sizes)]
     for domain in dict.fromkeys(line["hold_out"] for line in lines):
         own = [line for line in lines if line["hold_out"] == domain]
         seeds = len({line["seed"] for line in own})
@@ -311,15 +312,39 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def over_all(lines: list[dict[str, Any]], sizes: list[str]) -> str:
+    """What each arm adds to the base alone: points of AUC, mean over held-out domains and seeds with its 95 % interval."""
+    bases = {(line["hold_out"], line["rows"], line["seed"]): line for line in lines if line["arm"] == ARMS[0]}
+    out = [
+        f"\n| added to the base alone | {' | '.join(sizes)} | median minutes, {sizes[-2]} |",
+        "|---|" + "---:|" * (len(sizes) + 1),
+    ]
+    for arm in ARMS[1:]:
+        if mine := [line for line in lines if line["arm"] == arm]:
+            gains = {
+                rows: [
+                    each["auc"] - bases[each["hold_out"], rows, each["seed"]]["auc"]
+                    for each in mine
+                    if each["rows"] == rows
+                ]
+                for rows in sizes
+            }
+            minutes = [line["minutes"] for line in mine if line["rows"] == sizes[-2]]
+            cells = [_cell(gains[rows], "+.2f") for rows in sizes]
+            out.append(f"| {arm} | {' | '.join(cells)} | {f'{median(minutes):.2f}' if minutes else ''} |")
+    return "\n".join(out)
+
+
 def _order(rows: str) -> tuple[bool, bool, float]:
     return rows == "all", rows.endswith("%"), 0.0 if rows == "all" else float(rows.rstrip("%"))
 
 
-def _cell(values: list[float]) -> str:
+def _cell(values: list[float], form: str = ".2f") -> str:
     found = paired(values)
+    said = [format(100 * value, form) for value in (found.mean, found.low, found.high)]
     if found.num_pairs < 2:
-        return f"{100 * found.mean:.2f}" if values else ""
-    return f"{100 * found.mean:.2f} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
+        return said[0] if values else ""
+    return f"{said[0]} [{said[1]}, {said[2]}]"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

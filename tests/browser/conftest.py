@@ -25,7 +25,7 @@ CHROMIUM = Path(os.environ.get("DOMLORA_CHROMIUM", "/usr/bin/chromium"))
 _START = "import sys; from domlora.cli import main; sys.exit(main())"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # and not longer: while it lives, asyncio has a loop that runs, and asyncio.run refuses
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
         pytest.skip(f"no browser at {CHROMIUM}; set DOMLORA_CHROMIUM to one")
@@ -35,7 +35,7 @@ def browser() -> Iterator[Browser]:
         found.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     bundle = make_bundle(adapters={"temperature": 4.0, "include": ["tower.*"]})
@@ -50,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[str]:
     command = [sys.executable, "-c", _START, "serve", "--bundle", str(store), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support import serving, write_export
+from support import SAID, serving, write_export
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +24,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def serve(exported: Path, tmp_path: Path) -> Callable:
     return partial(serving, exported, tmp_path / "log")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def line(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the tests of a script have said, in one line: ``R7: ...``."""
+    SAID.clear()
+    yield
+    number = int(request.path.stem[1:3])
+    sys.stdout.write(f"\nR{number}: {'; '.join(SAID) or 'no figure'}\n")

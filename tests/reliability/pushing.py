@@ -144,3 +144,30 @@ def small_bundle() -> Any:
     model = attach_(build_model(schema=schema, **options), len(DOMAINS), temperature=4.0)
     words = {f"f{i}": [f"v{n}" for n in range(NUM_IDS - 2)] for i in range(FEATURES)}
     return Bundle(model, options, Encoder(schema, words))
+
+
+def varied_export(folder: Path) -> None:
+    """An export with a feature of every kind."""
+    import torch
+
+    from domlora.adapters.attach import attach_
+    from domlora.bundle import Bundle
+    from domlora.features.encode import Encoder
+    from domlora.features.schema import Feature, Schema
+    from domlora.models.build import build_model
+    from domlora.serving.export import export
+    from domlora.serving.pack import random_rows
+
+    torch.manual_seed(0)
+    features = (
+        Feature("item", num_ids=602),
+        Feature("past", "sequence", num_ids=602, share="item", max_length=3),
+        Feature("pair", columns=("city", "slot"), num_ids=102, hash_buckets=100),
+        Feature("hour", "bucketed", num_ids=6, boundaries=(1.0, 2.0, 3.0)),
+        Feature("age", "numeric", missing=True),
+    )
+    schema = Schema(features, domains=DOMAINS)
+    options = {"name": "mlp", "embedding_dim": 4, "hidden_units": [16, 8]}
+    model = attach_(build_model(schema=schema, **options), len(DOMAINS), temperature=4.0, include=["tower.*"])
+    bundle = Bundle(model, options, Encoder(schema, {"item": [f"i{n}" for n in range(600)]}))
+    export(bundle, folder, [random_rows(schema)])

@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 from pushing import CLOSE, Adapters, Watched, answer, memory, new_store
-from support import say, serving
+from support import limit, say, serving
 
 pytestmark = pytest.mark.reliability
 ROUNDS, WORKERS, CONNECTIONS = 15, 2, 6
@@ -25,11 +25,12 @@ def test_domains_come_and_go(exported, tmp_path):
             late = [_come_and_go(clients, adapters, f"new{number}", number) for number in range(ROUNDS)]
         starts = server.counts()["domlora_worker_starts_total"]
     say(
-        f"R4 {ROUNDS} domains came and went: the last request without it began {max(late) * 1e3:.0f} ms after the 200 "
+        f"{ROUNDS} domains came and went: the last request without it began {max(late) * 1e3:.0f} ms after the 200 "
         f"(median {np.median(late) * 1e3:.0f}); {watched.count} other answers, {len(watched.bad)} bad"
     )
     assert watched.bad == []
-    assert np.median(late) <= 0.1
+    assert max(late) <= limit(0.1)
+    assert np.median(late) <= limit(0.1, 0.5)
     assert starts == WORKERS
 
 

@@ -45,5 +45,5 @@ def test_bad_adapters(exported, tmp_path):
                 assert str(tmp_path) not in json.dumps(told.json())
                 assert (answer(client, "toys")[1] == before).all(), kind
         starts = server.counts()["domlora_worker_starts_total"]
-    say(f"R5 {len(bad_ones(adapters))} of 8 refused")
+    say(f"{len(bad_ones(adapters))} of 8 refused")
     assert starts == 1

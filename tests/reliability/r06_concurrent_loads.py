@@ -42,7 +42,7 @@ def test_concurrent_loads(exported, tmp_path):
             answers = list(pool.map(right, [*expected] * 3))
             held = [each["domain"] for each in listed() if each["in_memory"]]
     say(
-        f"R6 {MANY} + {MANY} loads, {sum(answers)} of {len(answers)} answers right, in memory {len(held)} of at most {CAP}"
+        f"{MANY} + {MANY} loads, {sum(answers)} of {len(answers)} answers right, in memory {len(held)} of at most {CAP}"
     )
     assert set(same) == set(different) == {200}
     assert files == 1

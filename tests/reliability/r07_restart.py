@@ -38,7 +38,7 @@ def test_restart(exported, tmp_path):
             assert told.headers["x-domlora-adapter"] == f"v{seed}"
             assert np.abs(logits - adapters.expected(seed)).max() <= CLOSE
         assert [answer(client, domain)[0].status_code for domain in ("gone", "books", "games")] == [404, 404, 200]
-    say("R7 2 pushed, 2 removed domains as they were after kill -9")
+    say("2 pushed, 2 removed domains as they were after kill -9")
 
 
 def test_a_bundle_that_goes_on_learning(tmp_path):
@@ -61,9 +61,7 @@ def test_a_bundle_that_goes_on_learning(tmp_path):
 
         seconds = wait_for(moved, 120)
         assert client.post("/v1/bundle", json={"version": 1}).status_code == 200
-    say(
-        f"R7 a newer version of the bundle answers after {seconds:.1f} s; {len(asked)} requests meanwhile, all answered"
-    )
+    say(f"a newer version of the bundle answers after {seconds:.1f} s; {len(asked)} requests meanwhile, all answered")
     assert set(asked) == {200}
     with (
         serving(tmp_path / "live", tmp_path / "log2") as server,

@@ -44,6 +44,6 @@ def test_disk_full(exported, small_disk, tmp_path):
         assert push(2) == 200
         assert (answer(client, "toys")[1] != before).any()
         starts = server.counts()["domlora_worker_starts_total"]
-    say(f"R10 {len(refused)} pushes refused with {set(refused)} on a full disk")
+    say(f"{len(refused)} pushes refused with {set(refused)} on a full disk")
     assert set(refused) == {503}
     assert starts == 1

@@ -44,7 +44,7 @@ def test_oversize_bodies(serve, path):
             "bomb": send(server.port, packed, b"", 1),
         }
         growth = server.rss_mb() - before
-    say(f"R13 {path}: {seen}, memory {growth:+.1f} MB")
+    say(f"{path}: {seen}, memory {growth:+.1f} MB")
     assert {status for status, _ in seen.values()} == {413}
     assert max(sent for _, sent in seen.values()) < CAP + (8 << 20)
     assert growth <= 16

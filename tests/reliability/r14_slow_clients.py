@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import uvloop
 from load import closed_loop, open_loop
-from support import infer_requests, say
+from support import infer_requests, limit, say
 
 pytestmark = pytest.mark.reliability
 
@@ -51,9 +51,9 @@ def test_slow_clients(serve):
             seen = open_loop(server.port, requests, rate, 7.0)
             borne_s = borne.result()
     say(
-        f"R14 closed after {min(borne_s):.1f} to {max(borne_s):.1f} s; others {dict(seen.count())}, "
+        f"closed after {min(borne_s):.1f} to {max(borne_s):.1f} s; others {dict(seen.count())}, "
         f"p99 {seen.percentile(99, 200):.1f} ms, without them {quiet.percentile(99, 200):.1f} ms"
     )
-    assert max(borne_s) <= 5.5
+    assert max(borne_s) <= limit(5.0, 8.0)
     assert set(seen.status) == {200}
-    assert seen.percentile(99, 200) <= max(2 * quiet.percentile(99, 200), 50)
+    assert seen.percentile(99, 200) <= max(2 * quiet.percentile(99, 200), limit(50, 250))

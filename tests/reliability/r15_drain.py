@@ -4,8 +4,8 @@ import time
 
 import httpx
 import pytest
-from load import REFUSED, closed_loop
-from support import beside, infer_requests, say
+from load import REFUSED, TORN, closed_loop
+from support import beside, infer_requests, limit, say
 
 pytestmark = pytest.mark.reliability
 
@@ -24,9 +24,12 @@ def test_drain(serve):
             code = server.process.wait(10)
             ended_s = time.perf_counter() - began
         count = found[0].count()
-    say(f"R15 {dict(count)}, not ready after {not_ready_s * 1e3:.0f} ms, ended after {ended_s:.1f} s with {code}")
+    say(
+        f"{count[200]} answered, {count[TORN]} torn, {count[REFUSED]} refused after the end, "
+        f"not ready after {not_ready_s * 1e3:.0f} ms, ended after {ended_s:.1f} s with {code}"
+    )
     assert set(count) <= {200, REFUSED}
-    assert count[200] > 1000
-    assert not_ready_s < 0.1
+    assert count[200] > limit(1000, 100)
+    assert not_ready_s < limit(0.1, 1.0)
     assert code == 0
     assert ended_s <= 10

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from load import TORN, closed_loop
-from support import beside, infer_requests, say
+from support import beside, infer_requests, limit, say
 
 CLIENTS = 8
 pytestmark = pytest.mark.reliability
@@ -23,8 +23,8 @@ def test_respawn(serve):
             back_s = time.time() - began
         count = found[0].count()
         starts = server.counts()["domlora_worker_starts_total"]
-    say(f"R16 {dict(count)}, ready again after {back_s:.1f} s")
+    say(f"{count[200]} answered, {count[TORN]} lost of {CLIENTS} clients, ready again after {back_s:.1f} s")
     assert set(count) <= {200, TORN}
     assert count[TORN] <= CLIENTS
-    assert back_s <= 3
+    assert back_s <= limit(3, 20)
     assert starts == 3

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from load import closed_loop, open_loop
-from support import HANGING, beside, hanging_request, infer_requests, say
+from support import HANGING, beside, hanging_request, infer_requests, limit, say
 
 DEADLINE_S = 1.0
 pytestmark = pytest.mark.reliability
@@ -21,11 +21,11 @@ def test_hung_inference(serve):
         seen, said = others[0], server.events("hung")
     count = seen.count()
     say(
-        f"R17 hanging request: {dict(hung.count())} after {hung.percentile(100, 504):.0f} ms; beside it {dict(count)}, "
+        f"hanging request: {dict(hung.count())} after {hung.percentile(100, 504):.0f} ms; beside it {dict(count)}, "
         f"504 at the latest after {seen.percentile(100, 504):.0f} ms, 200 p99 {seen.percentile(99, 200):.0f} ms; {said}"
     )
     assert set(hung.status) == {504}
-    assert max(hung.percentile(100, 504), seen.percentile(100, 504)) <= 1200 * DEADLINE_S
+    assert max(hung.percentile(100, 504), seen.percentile(100, 504)) <= limit(1200, 2500) * DEADLINE_S
     assert set(count) <= {200, 504}
     assert count[504] <= 0.2 * len(seen.status)
     assert len(said) == 1

@@ -52,7 +52,7 @@ def test_drift(tmp_path):
             told = client.post("/v1/score", json={"domain": "toys", "candidates": [asked]})
             assert told.status_code in (200, 400), told.text
         assert client.post("/v1/score", json={"domain": "toys", "candidates": [{"f0": "v1"}]}).status_code == 400
-    say(f"R18 adapters of {len(drifts)} drifted schemas refused")
+    say(f"adapters of {len(drifts)} drifted schemas refused")
 
 
 def test_a_delta_of_another_version_is_refused(exported, tmp_path):

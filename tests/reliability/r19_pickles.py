@@ -39,7 +39,7 @@ def test_poisoned_adapters(exported, tmp_path):
             told = client.post("/v2/repository/models/live.toys/load", json={"parameters": files})
             assert told.status_code == 400
         starts = server.counts()["domlora_worker_starts_total"]
-    say(f"R19 {2 * len(bodies)} poisoned bodies refused, none ran")
+    say(f"{2 * len(bodies)} poisoned bodies refused, none ran")
     assert not (tmp_path / "ran").exists()
     assert starts == 1
 

@@ -50,7 +50,7 @@ def test_soak(exported, tmp_path):
     half = len(seen) // 2
     grown = np.median(resident[half:]) / np.median(resident[half // 2 : half]) - 1
     say(
-        f"R23 {SECONDS:.0f} s, {watched.count} answers, {len(watched.bad)} bad, {len(seen)} swaps; memory {grown:+.1%} "
+        f"{SECONDS:.0f} s, {watched.count} answers, {len(watched.bad)} bad, {len(seen)} swaps; memory {grown:+.1%} "
         f"({resident[-1] / 1e6:.0f} MB), files {files[0]} to {files[-1]}, threads {threads[0]} to {threads[-1]}"
     )
     assert watched.bad == []

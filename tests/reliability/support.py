@@ -140,9 +140,18 @@ def serving(folder: Path, log: Path, factory: str = REAL, *, ready: bool = True,
             process.kill()
 
 
+QUIET = os.environ.get("DOMLORA_QUIET") == "1"  # nothing else runs on this machine: limits in time hold
+SAID: list[str] = []
+
+
+def limit(quiet: float, busy: float = float("inf")) -> float:
+    """A limit in time or speed: the promised one on a quiet machine, another one where the processor is shared."""
+    return quiet if QUIET else busy
+
+
 def say(text: str) -> None:
-    """A figure, for who runs with ``-s``."""
-    sys.stdout.write(f"\n{text}\n")
+    """A figure; those of a script are one line at its end, for who runs with ``-s``."""
+    SAID.append(text)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,11 +26,11 @@ from domlora.serving.store import Store
 class Admin:
     """Asks a service as an HTTP server would."""
 
-    def __init__(self, served, folder: Path, **settings):
+    def __init__(self, served, **settings):
         self.served = served
         told = Settings(bundle=served.store.folder, name="ads", **settings)
         live = Live(served.store, name="ads", max_adapters=told.max_adapters)
-        self.service = Service(live=live, settings=told, metrics=Metrics(told.metrics_domains, folder, 0))
+        self.service = Service(live=live, settings=told, metrics=Metrics(told.metrics_domains))
 
     def ask(self, method, path, body=b"", query=None, **headers):
         told = {b"host": b"127.0.0.1:8000", **{name.encode(): value.encode() for name, value in headers.items()}}
@@ -44,17 +43,14 @@ class Admin:
 
 
 @pytest.fixture
-def ads(served, tmp_path):
-    (tmp_path / "metrics").mkdir()
-    return Admin(served, tmp_path / "metrics")
+def ads(served):
+    return Admin(served)
 
 
 @pytest.fixture
-def made(served, tmp_path):
+def made(served):
     def make(**settings):
-        folder = tmp_path / f"metrics{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        return Admin(served, folder, **settings)
+        return Admin(served, **settings)
 
     return make
 

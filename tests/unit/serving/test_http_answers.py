@@ -48,7 +48,7 @@ def test_each_error_has_its_status(error, status, reason):
 
 def test_rule_value_and_next_step_are_told_apart():
     told = json.loads(refusal(DataError("ids must be INT64", received="FP32", next_step="Cast them")).body)
-    assert told == {"error": "ids must be INT64. Received: 'FP32'.", "next_step": "Cast them."}
+    assert told == {"error": "ids must be INT64. Received: 'FP32'.", "next_step": "Cast them.", "reason": "invalid"}
 
 
 @pytest.mark.parametrize("path", ["/srv/models/live/tables.bin", "/home/somebody/secret/", "/a/b"])

@@ -80,7 +80,7 @@ def test_sent_again_it_counts_once(service: Service) -> None:
 def test_one_bad_event_and_none_is_taken(service: Service, bad: dict[str, Any]) -> None:
     answer = post(service, {"events": [CLICK, bad]})
     assert answer.status == 400
-    assert set(json.loads(answer.body)) == {"error", "next_step"}
+    assert set(json.loads(answer.body)) == {"error", "next_step", "reason"}
     assert service.log is not None
     assert service.log.pending == 0
 

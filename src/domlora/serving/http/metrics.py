@@ -187,8 +187,9 @@ class Metrics:
 
 
 def _count_into(folder: Path | None, place: int) -> None:
-    """Choose where prometheus_client keeps values; it looks when a series is made."""
+    """Choose where prometheus_client keeps values from now on, in all of this process; it looks when a series is made."""
     if folder is None:
+        values.ValueClass = values.MutexValue
         return
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     values.ValueClass = values.MultiProcessValue(partial(int, place))  # type: ignore[no-untyped-call]

@@ -249,8 +249,8 @@ class Service:
             if versions & failed:
                 _LOG.error("experiment left out", extra={"fields": {"experiment": name, "versions": sorted(failed)}})
         self._held = frozenset(set().union(*wanted.values()) - failed)
-        self.live.hold(self._held)
         self._assigner = Assigner([each for each in running if not wanted[each.name] & failed])
+        self.live.hold(self._held)  # last: a request that is still led to a version must not have to open it again
 
     def _has(self, version: int) -> bool:
         try:
