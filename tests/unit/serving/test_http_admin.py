@@ -254,12 +254,11 @@ def test_a_load_must_hold_one_whole_file(ads):
         assert ads.ask("POST", "/v2/repository/models/ads.toys/load", {"parameters": parameters})[0] == 400
 
 
-def test_a_full_disk_is_not_the_clients_fault(adapted, served, small_disk, tmp_path):
+def test_a_full_disk_is_not_the_clients_fault(adapted, served, small_disk):
     store = Store.create(small_disk / "store")
     store.add_version(adapted.folder)
     served.store = store
-    (tmp_path / "metrics").mkdir()
-    ads = Admin(served, tmp_path / "metrics")
+    ads = Admin(served)
     before = served.logits(ads.service.live, "web")
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
     status, told = ads.ask("PUT", "/v1/adapters/web", served.payload("web", 1, rank=256))
