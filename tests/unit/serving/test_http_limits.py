@@ -308,7 +308,7 @@ def test_read_body_of_a_client_that_goes() -> None:
     ("body", "encoding", "rule"),
     [
         (b"not gzip", b"gzip", "not what its Content-Encoding says"),
-        (gzip.compress(b"x" * 900)[:-9], b"gzip", "ends too early"),
+        (gzip.compress(b"x" * 900, mtime=0)[:-9], b"gzip", "ends too early"),
         (b"x", b"br", "gzip or deflate"),
     ],
 )
