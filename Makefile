@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-bench
 RAW := data/raw/movielens-100k-package
 
-.PHONY: demo serve test test-spark lint bench reliability clean
+.PHONY: demo serve test test-serving test-spark lint bench reliability clean
 
 demo: $(STAMP) $(RAW)/.installed
 	$(BIN)/domlora study studies/demo.toml --raw $(RAW)
@@ -18,6 +18,10 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# The server in an environment of its own, without torch: see serving-requirements.txt.
+test-serving: $(STAMP)
+	tests/serving_env.sh
 
 # Preparation on Spark, row for row beside DuckDB: needs Java 17 (Debian: apt-get install openjdk-17-jre-headless).
 test-spark: $(STAMP)

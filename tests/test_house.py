@@ -158,3 +158,12 @@ def test_a_room_loads_only_what_it_needs() -> None:
     loaded = json.loads(done.stdout)
     for name, refused in OUTSIDERS.items():
         assert not refused & set(loaded[name]), name
+
+
+def test_the_servers_versions_are_those_of_the_constraints() -> None:
+    root = Path(__file__).parent.parent
+    known, own = (
+        {line for line in (root / name).read_text(encoding="utf-8").splitlines() if "==" in line}
+        for name in ("constraints.txt", "serving-requirements.txt")
+    )
+    assert own <= known, own - known
