@@ -102,8 +102,10 @@ def test_killed_writers(world):
         served["live"] = str(state.live)
         steps += 1 + sum(word == "done" for word, _, _ in told)
     prune(store, world)
+    behind = left.pop("files left behind")
     say(
-        f"{KILLS} of {KILLS} stores whole after kill -9 ({steps} changes; killed {dict(left)}), none after the next ones"
+        f"{KILLS} of {KILLS} stores whole after kill -9 in {steps} changes ({dict(left)}); "
+        f"{behind} files left behind, {len(orphans(store))} after the next changes"
     )
     assert orphans(store) == []
 

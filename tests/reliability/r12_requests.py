@@ -24,7 +24,7 @@ from pushing import varied_export
 from support import say, serving
 
 pytestmark = pytest.mark.reliability
-EXAMPLES = 500  # of each route
+EXAMPLES = 5_000  # of each route
 ROUTES = {SCORE: fuzzed_score(), INFER: fuzzed_infer()}
 
 

@@ -1,12 +1,17 @@
 """R18: adapters and deltas of another schema or vocabulary do not get in, and neither do requests of another schema."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pushing import new_store, small_bundle
-from support import say, serving
+from support import domlora, say, serving
 
 from domlora.adapters.attach import attach_
 from domlora.bundle import Bundle
@@ -19,6 +24,16 @@ from domlora.serving.export import export
 from domlora.serving.pack import adapter_payload, random_rows
 
 pytestmark = pytest.mark.reliability
+PLAN = """
+[source]
+files = ["log.parquet"]
+[columns]
+domain = "scene"
+label = "click"
+[features.item]
+[features.price]
+kind = "numeric"
+"""
 
 
 def _drifted(features: tuple[Feature, ...]) -> Bundle:
@@ -61,3 +76,45 @@ def test_a_delta_of_another_version_is_refused(exported, tmp_path):
     write(tmp_path / "old", exported, tmp_path / "delta")
     with pytest.raises(BundleError, match="made from"):
         apply(exported, tmp_path / "delta", tmp_path / "new")
+
+
+def _log(folder: Path, items: int, price: str = "price", kind: type = float) -> Path:
+    """A log of clicks, and the plan that prepares it."""
+    folder.mkdir()
+    draw = np.random.default_rng(1)
+    columns = {
+        "item": draw.integers(items, size=3_000),
+        price: list(map(kind, draw.random(3_000).tolist())),
+        "scene": np.array(["home", "cart"])[draw.integers(2, size=3_000)],
+        "click": draw.integers(2, size=3_000),
+    }
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    (folder / "plan.toml").write_text(PLAN, encoding="utf-8")
+    return folder / "plan.toml"
+
+
+def test_training_on_drifted_data_fails_before_its_first_step(tmp_path):
+    said = {
+        "renamed column": domlora("prepare", _log(tmp_path / "a", 50, price="cost"), "--out", tmp_path / "no"),
+        "text for numbers": domlora(
+            "prepare", _log(tmp_path / "b", 50, kind="{:.1f} EUR".format), "--out", tmp_path / "no"
+        ),
+    }
+    for name, items in (("c", 50), ("d", 60)):
+        assert domlora("prepare", _log(tmp_path / name, items), "--out", tmp_path / name / "data").returncode == 0
+    quick = ["--set", "train.pretrain.fit.max_epochs=1", "--set", "model.hidden_units=[8]"]
+    done = domlora("pretrain", "--data", tmp_path / "c" / "data", "--out", tmp_path / "base", *quick)
+    assert done.returncode == 0, done.stderr
+    adapt = ["adapt", "--bundle", tmp_path / "base", "--out", tmp_path / "no"]
+    said["other vocabulary"] = domlora(*adapt, "--data", tmp_path / "d" / "data")
+    manifest = json.loads((tmp_path / "c" / "data" / "manifest.json").read_text(encoding="utf-8"))
+    shard = next(tmp_path / "c" / "data" / name for name in manifest["files"] if name.endswith(".parquet"))
+    rows = pq.read_table(shard)
+    pq.write_table(rows.drop_columns(rows.column_names[:1]), shard)
+    said["shard without a column"] = domlora(*adapt, "--data", tmp_path / "c" / "data")
+    words = {"renamed column": "price", "text for numbers": "price", "other vocabulary": "same schema and vocabularies"}
+    for kind, done in said.items():
+        assert (kind, done.returncode, "Traceback" in done.stderr) == (kind, 2, False), done.stderr
+        assert words.get(kind, shard.name) in done.stderr, (kind, done.stderr)
+    assert not (tmp_path / "no").exists()
+    say(f"{len(said)} kinds of drifted logs and data refused before a step, with exit code 2")

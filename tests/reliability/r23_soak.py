@@ -1,4 +1,4 @@
-"""R23: requests and a swap each second for as long as ``DOMLORA_SOAK_S`` says; files, threads and memory stay."""
+"""R23: requests and a swap each second, 10 minutes or as long as ``DOMLORA_SOAK_S`` says; files, threads and memory stay."""
 
 import os
 import time
@@ -8,10 +8,10 @@ import httpx
 import numpy as np
 import pytest
 from pushing import Adapters, Watched, memory, new_store
-from support import say, serving
+from support import limit, say, serving
 
 pytestmark = pytest.mark.reliability
-SECONDS = float(os.environ.get("DOMLORA_SOAK_S", "20"))
+SECONDS = float(os.environ.get("DOMLORA_SOAK_S", limit(600, 20)))
 LONG_S = 300  # from here on memory is compared closely: allocators are done with what they keep
 
 

@@ -52,10 +52,11 @@ def write_export(folder: Path) -> None:
     export(Bundle(model, options, Encoder(schema, words)), folder, [rows])
 
 
-def infer_requests(number: int = 50, seed: int = 0) -> list[bytes]:
+def infer_requests(number: int = 50, seed: int = 0, domains: tuple[str, ...] = DOMAINS) -> list[bytes]:
     """Requests of the Open Inference Protocol with binary tensors, 64 candidates of one domain each."""
     random = np.random.default_rng(seed)
-    return [_infer(random.integers(2, NUM_IDS, (CANDIDATES, FEATURES)), DOMAINS[n % 3]) for n in range(number)]
+    drawn = (random.integers(2, NUM_IDS, (CANDIDATES, FEATURES)) for _ in range(number))
+    return [_infer(ids, domains[n % len(domains)]) for n, ids in enumerate(drawn)]
 
 
 def _infer(ids: np.ndarray, domain: str, *headers: str) -> bytes:
@@ -138,6 +139,13 @@ def serving(folder: Path, log: Path, factory: str = REAL, *, ready: bool = True,
             process.wait(20)
         finally:
             process.kill()
+
+
+def domlora(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    line = [sys.executable, "-c", "from domlora.cli import main; main()", *map(str, words)]
+    told = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=told)
 
 
 QUIET = os.environ.get("DOMLORA_QUIET") == "1"  # nothing else runs on this machine: limits in time hold

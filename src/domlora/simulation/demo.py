@@ -35,7 +35,7 @@ from domlora.training.stages import Recipe, Stage, adapt, pretrain
 
 __all__ = ["EXPERIMENT", "compare_with_truth", "demo", "make_store", "running_server", "start_experiment"]
 
-EXPERIMENT = "adapters"
+EXPERIMENT = "own-adapters"
 _TRAINED_ON = 10_000_000  # numbers of the visits that the model learns from; those that are simulated begin at 0
 _STARTING_S = 60.0
 Say = Callable[[str], object]

@@ -361,6 +361,22 @@ def test_an_experiment_is_followed_when_it_starts_and_when_it_stops(tested):
     assert client.json("POST", URL, asked)[1]["arms"] == {}
 
 
+def test_a_version_is_let_go_when_no_request_is_led_to_it_any_more(tested):
+    """Else a request in between would open it again, and all others wait for that."""
+    client = tested(Experiment("e", (Arm("now"), Arm("next", version=2))))
+    unit, service = units_of(client, 2)["next"], client.service
+    let_go, routes = service.live.hold, []
+
+    def hold(versions):
+        routes.append(service.route("web", unit))
+        let_go(versions)
+
+    service.live.hold = hold
+    service.registry.stop("e")
+    service.refresh()
+    assert [route.version for route in routes] == [None]
+
+
 def test_an_experiment_of_a_version_that_cannot_be_read_is_left_out(tested):
     client = tested(
         Experiment("e", (Arm("now"), Arm("next", version=9))), Experiment("f", (Arm("a"), Arm("b")), layer="l")

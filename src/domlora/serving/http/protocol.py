@@ -26,6 +26,7 @@ __all__ = ["Protocol", "ServerConfig", "Shared", "raw_answer", "unread"]
 _MAX_HEADER_BYTES = 64 << 10
 _LINGER_S, _LINGER_BYTES = 1.0, 4 << 20  # of a refused body that is still read: closing at once would lose the answer
 _UNREAD_S = 10.0  # an answer that the client does not take
+_RECENT_S = 0.5  # at the end: the next request of a client that was just answered, or has just come, may be on its way
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -37,7 +38,8 @@ class Shared:
         settings: of the server.
         metrics: where refusals are counted.
         admission: who waits for a turn.
-        draining: no connection is kept after its answer.
+        draining: the server ends soon, and is not ready.
+        closing: nobody new can come; no connection is kept after its answer.
         refused: reasons and statuses that :meth:`count` has not told the metrics yet.
     """
 
@@ -45,6 +47,7 @@ class Shared:
     metrics: Metrics
     admission: Admission = field(init=False)
     draining: bool = False
+    closing: bool = False
     refused: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -132,7 +135,7 @@ class Protocol(HttpToolsProtocol):
         self._held: tuple[Any, Any] | None = None
         self._ended = False
         self._skipped = False  # a refused request whose body is still coming
-        self._idle_since = 0.0
+        self._idle_since = perf_counter()
         self._unsent_since: float | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -214,6 +217,8 @@ class Protocol(HttpToolsProtocol):
         if self._ended:
             if self.since is not None and now - self.since > _LINGER_S and not working:
                 self.transport.abort()
+        elif self.shared.closing and not self._expects(now):
+            self.transport.close()
         elif self.since is not None:
             self._sweep_message(now - self.since)
         elif not working and now - self._idle_since > self.settings.keep_alive_s:
@@ -221,14 +226,23 @@ class Protocol(HttpToolsProtocol):
         self._sweep_answer(now)
 
     def shutdown(self) -> None:
-        """Close at once if nothing is asked; what has come in part is still answered, then the connection closes."""
-        if not self.waits() and not unread(self.transport):
+        """Close at once if nothing is asked; what has come in part is still answered, then the connection closes.
+
+        A client that was just answered or has just connected is given a moment: its next request would be lost else.
+        """
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
+        if not self._expects(perf_counter()):
             self.transport.close()
 
     def waits(self) -> bool:
         """Whether a request is here, in part or whole, that nothing was answered to."""
         answered = self.cycle is None or self.cycle.response_complete
         return not self._ended and (not answered or (self.since is not None and self._received > 0))
+
+    def _expects(self, now: float) -> bool:
+        """Whether somebody has asked, or may be about to."""
+        return now - self._idle_since < _RECENT_S or self.waits() or unread(self.transport) > 0
 
     def _sweep_message(self, waited_s: float) -> None:
         if self._in_headers:
@@ -251,7 +265,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        if self.shared.draining:
+        if self.shared.closing:
             cycle.keep_alive = False
         if not is_scoring(cycle.scope["path"]) or cycle.scope["method"] != "POST":
             super()._start_asgi_task(cycle, app)
@@ -296,7 +310,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse_skipped(self) -> None:
         self._skipped, self.since, self._idle_since = False, None, perf_counter()
-        keeps = self.parser.should_keep_alive() and not self.shared.draining
+        keeps = self.parser.should_keep_alive() and not self.shared.closing
         self._count("busy", 503)
         self.transport.write(_BUSY[not keeps])
         if not keeps:

@@ -21,6 +21,8 @@ __all__ = ["Door", "Server"]
 _NO_FILES_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_S = 0.1
 _MANY = 32
+_LAST_S = 0.1  # for who came in the last moment
+_ALL_CLOSED_S = 0.3  # within which all workers have stopped to listen
 
 
 class Door:
@@ -73,11 +75,16 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
+        """Stop to listen, and only then send clients away: one that comes back while another worker stops would be lost."""
         asyncio.get_running_loop().remove_reader(self._listening.fileno())
-        while self._accept():  # who came in the last moment
+        until = time.monotonic() + _LAST_S
+        while self._accept() and time.monotonic() < until:
             await asyncio.sleep(0)
         self._listening.close()
         await asyncio.gather(*self._accepting, return_exceptions=True)
+        if self.server_state.connections:
+            await asyncio.sleep(_ALL_CLOSED_S)
+        self._shared.closing = True
         await super().shutdown(sockets=[])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
