@@ -55,7 +55,7 @@ const Unknown = ({ data }) => html`
     empty="No feature has a vocabulary." columns=${[
       { key: "name", title: "Feature", left: true, show: (row) => row.name, value: (row) => row.name },
       { key: "kind", title: "Kind", left: true, show: (row) => row.kind, value: (row) => row.kind },
-      { key: "share", title: "Share", show: (row) => (row.share === null ? "–" : `${row.exact ? "" : "≤ "}${percent(row.share, 2)}`), value: (row) => row.share },
+      { key: "share", title: "Share", show: (row) => (row.share === null ? "–" : `${row.exact ? "" : "≥ "}${percent(row.share, 2)}`), value: (row) => row.share },
       { key: "bar", title: "Of all", left: true, show: (row) => html`<${Bar} part=${row.share ?? 0} kind="loss" />` },
       { key: "unknown", title: "Unknown", show: (row) => count(row.unknown), value: (row) => row.unknown },
       { key: "known", title: "Words known", show: (row) => count(row.num_words), value: (row) => row.num_words },
