@@ -207,7 +207,7 @@ def held_out(data: Dataset, domain: str) -> HeldOut:
     train = data.read("train")
     seen = train.ids[train.domain != number]
     owners = {f.name: f.share or f.name for f in schema.categorical}
-    slots = [owners[f.name] for f in schema.categorical for _ in range(f.max_length)]
+    slots = [owners[feature.name] for feature in schema.slots]
     kept: dict[str, Tensor] = {}
     for feature in schema.features:
         if feature.has_vocabulary:
@@ -223,7 +223,7 @@ def held_out(data: Dataset, domain: str) -> HeldOut:
         replace(schema, features=features, domains=names), {name: words[name][:size] for name, size in sizes.items()}
     )
     moved = [_places(orders[owner]) if owner in orders else None for owner in slots]
-    ends = torch.tensor([f.num_ids for f in small.schema.categorical for _ in range(f.max_length)])
+    ends = torch.tensor([feature.num_ids for feature in small.schema.slots])
     domains = torch.tensor([grown.schema.domains.index(name) for name in schema.domains])
     whole = {split: _renamed(data.read(split), moved, domains) for split in SPLITS}
     rest = {split: rows.take(rows.domain < len(names)) for split, rows in whole.items()}

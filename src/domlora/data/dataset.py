@@ -260,8 +260,7 @@ def _check_batch(schema: Schema, batch: Batch, split: str) -> None:
                 f"{name} of split {split!r} must have the shape {expected.get(name, (rows,))}",
                 received=tuple(column.shape),
             )
-    features = [feature for feature in schema.categorical for _ in range(feature.max_length)]  # of each slot
-    ranges = [(f.name, batch.ids[:, slot], 0, f.num_ids) for slot, f in enumerate(features)]
+    ranges = [(f.name, batch.ids[:, slot], 0, f.num_ids) for slot, f in enumerate(schema.slots)]
     for name, column, least, end in [*ranges, ("domain", batch.domain, UNKNOWN_DOMAIN, schema.num_domains)]:
         if rows and not (column.min() >= least and column.max() < end):
             raise SchemaError(

@@ -191,8 +191,13 @@ class Schema:
         return len(self.categorical)
 
     @property
+    def slots(self) -> tuple[Feature, ...]:
+        """Whose each column of ``Batch.ids`` is: one for each feature of ids, ``max_length`` for a sequence."""
+        return tuple(feature for feature in self.categorical for _ in range(feature.max_length))
+
+    @property
     def num_slots(self) -> int:
-        """Columns of ``Batch.ids``: one for each feature of ids, ``max_length`` for a sequence."""
+        """Columns of ``Batch.ids``."""
         return sum(feature.max_length for feature in self.categorical)
 
     @property

@@ -98,7 +98,7 @@ class Program:
             sessions[0],
             sessions[-1],
             manifest["reads_domain"],
-            np.array([f.num_ids for f in schema.categorical for _ in range(f.max_length)], dtype=np.uint64),
+            np.array([feature.num_ids for feature in schema.slots], dtype=np.uint64),
             schema.num_dense,
             tuple(name for layer in layers for name in layer.shapes),
             _nothing(layers),

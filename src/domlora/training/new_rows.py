@@ -38,8 +38,8 @@ class NewRows:
     def __init__(self, data: EncodedRows, domain: str, schema: Schema, number: int) -> None:
         self.number, self._schema = number, schema
         self.own = OneDomain(data, data.encoder.schema.domains.index(domain))
-        features = [feature for feature in schema.categorical for _ in range(feature.max_length)]
-        self.names, self.ends = [f.name for f in features], torch.tensor([f.num_ids for f in features])
+        self.names = [feature.name for feature in schema.slots]
+        self.ends = torch.tensor([feature.num_ids for feature in schema.slots])
         self._read: dict[str, Batch] = {}
 
     @property

@@ -177,7 +177,7 @@ class Service:
         if not np.count_nonzero(unknown):  # costs a fifth of unknown.any()
             return
         counts = unknown.sum(axis=0).tolist()
-        slots = [f.name for f in snapshot.program.schema.categorical for _ in range(f.max_length)]
+        slots = [feature.name for feature in snapshot.program.schema.slots]
         for name, count in zip(slots, counts, strict=True):
             if count and self.settings.unknown_ids == "error":
                 raise DataError(

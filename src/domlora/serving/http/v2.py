@@ -172,7 +172,7 @@ def _named(service: Service, path: str) -> _Model:
 def _described(service: Service, named: _Model) -> dict[str, Any]:
     snapshot = service.live.of(named.version)
     schema = snapshot.program.schema
-    more = {"num_ids": [feature.num_ids for feature in schema.categorical for _ in range(feature.max_length)]}
+    more = {"num_ids": [feature.num_ids for feature in schema.slots]}
     ids = {"name": "ids", "datatype": "INT64", "shape": [-1, schema.num_slots], "parameters": more}
     dense = {"name": "dense", "datatype": "FP32", "shape": [-1, schema.num_dense]}
     inputs = [ids, *([dense] if schema.num_dense else []), {"name": "domain", "datatype": "BYTES", "shape": [-1]}]
