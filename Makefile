@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-bench
 RAW := data/raw/movielens-100k-package
 
-.PHONY: demo serve test test-serving test-spark lint bench reliability clean
+.PHONY: demo serve test test-ray test-scale test-serving test-spark lint bench reliability clean
 
 demo: $(STAMP) $(RAW)/.installed
 	$(BIN)/domlora study studies/demo.toml --raw $(RAW)
@@ -27,6 +27,15 @@ test-serving: $(STAMP)
 test-spark: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,spark]"
 	PYSPARK_SUBMIT_ARGS="--conf spark.sql.shuffle.partitions=2 --conf spark.ui.enabled=false pyspark-shell" $(BIN)/pytest -m spark
+
+# Domains adapted on a local Ray cluster.
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/pytest -m ray
+
+# Four servers in network namespaces behind nginx and HAProxy: needs root (Debian: apt-get install iproute2 nginx-light haproxy).
+test-scale: $(STAMP)
+	$(BIN)/pytest -m scale -s tests/scale/replicas.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

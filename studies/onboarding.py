@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from domlora.adapters.attach import detach_
+from domlora.adapters.bank import base_state
 from domlora.bundle import Bundle
 from domlora.config import load_plan, parse, read_toml
 from domlora.data.dataset import SPLITS, Dataset
@@ -35,32 +36,31 @@ from domlora.evaluation.evaluate import predict
 from domlora.evaluation.metrics import log_loss, wauc
 from domlora.features.batch import Batch
 from domlora.features.encode import Encoder
-from domlora.features.schema import FIRST_ID, OOV_ID, Feature
+from domlora.features.schema import FIRST_ID, OOV_ID, Feature, Schema
 from domlora.models.build import build_model
+from domlora.models.growth import grown
 from domlora.studies.reporting.statistics import paired
 from domlora.studies.study import Study
 from domlora.training.fit import fit
 from domlora.training.new_rows import NewRows
 from domlora.training.onboard import onboard
 from domlora.training.optimizers import OptimizerOptions, Rule
-from domlora.training.stages import Recipe, Stage, Start, pretrain, seeded
+from domlora.training.stages import Recipe, Stage, pretrain, seeded
 
 HERE = Path(__file__).parent
 DATASETS = {  # name: the study whose options are taken, its dataset and its arm
     "ebnerd": ("ebnerd.toml", "random-split", "joint_t4"),
     "ebnerd-time": ("ebnerd.toml", "time-split", "joint_t4"),
     "amazon-5core": ("amazon.toml", "amazon-six", "joint_t4"),
-    "movielens-1m": ("movielens_gen.toml", "ml-1m-gender", "joint"),
+    "movielens-occupation": ("movielens_groups.toml", "occupation", "joint_t4"),
 }
-STARTS: dict[str, tuple[Start, ...]] = {
-    "onboard, untrained": (),
-    "onboard from zero": ("zero",),
-    "onboard from mean": ("mean",),
-    "onboard from nearest": ("nearest",),
-    "onboard from mix": ("mix",),
-    "onboard, chosen": ("zero", "mean", "nearest", "mix"),
+SETTINGS: dict[str, dict[str, Any]] = {  # what an arm changes of the recipe's ``onboard``
+    "onboard, untrained": {"starts": (), "new_words": False},
+    "onboard, tables still": {"new_words": False},
+    "onboard": {},
+    "onboard, best of four starts": {"starts": ("zero", "mean", "nearest", "mix"), "fit.patience": 6},
 }
-ARMS = ("base alone", *STARTS, "from scratch", "finetune a copy", "joint again")
+ARMS = ("base alone", *SETTINGS, "from scratch", "finetune a copy", "joint again")
 
 
 class Key(NamedTuple):
@@ -95,8 +95,13 @@ class Case:
     def rows(self) -> NewRows:
         """The domain's rows as the bundle sees them."""
         schema = self.bundle.encoder.schema
-        grown = replace(schema, domains=(*schema.domains, self.domain))
-        return NewRows(self.data, self.domain, grown, schema.num_domains)
+        return NewRows(
+            self.data, self.domain, replace(schema, domains=(*schema.domains, self.domain)), schema.num_domains
+        )
+
+    def seen_by(self, encoder: Encoder) -> NewRows:
+        """As a bundle with this encoder sees them."""
+        return NewRows(self.data, self.domain, encoder.schema, encoder.schema.num_domains - 1)
 
 
 class Outcome(NamedTuple):
@@ -115,6 +120,10 @@ def main() -> None:
     study_file, name, arm = DATASETS[args.dataset]
     study = parse(Study, read_toml(HERE / study_file))
     config, spec = study.config_of(name, "deepfm", arm), study.datasets[name]
+    train, label = _recipe(config.train), args.dataset
+    if args.temperature:
+        train = replace(train, adapter=replace(train.adapter, temperature=args.temperature))
+        label += f"-t{args.temperature:g}"
     folder = args.out / "data" / args.dataset
     if not folder.exists():
         prepare(load_plan(str(spec.source), spec.settings), folder, folder=args.raw)
@@ -124,24 +133,24 @@ def main() -> None:
         held = held_out(data, domain)
         most = int((held.everything.read("train").domain == held.others.schema.num_domains).sum())
         sizes = [rows for rows in args.rows if _number(rows, most) <= most]
-        wanted = [Key(args.dataset, domain, rows, seed, arm) for rows in sizes for arm in args.arms]
+        wanted = [Key(label, domain, rows, seed, arm) for rows in sizes for arm in args.arms]
         todo = [key for key in wanted if key not in done]
         if not todo:
             continue
-        recipe = seeded(_recipe(config.train), seed)
-        place = args.out / "bases" / f"{args.dataset}-{domain}-{seed}".replace("/", "_")
+        recipe = seeded(train, seed)
+        place = args.out / "bases" / f"{label}-{domain}-{seed}".replace("/", "_")
         bundle = _bundle(place, held, config.model, recipe)
         for key in todo:
             case = Case(with_rows(held, key.rows, seed), domain, bundle, recipe, config.model)
             _write(results, {**key._asdict(), **run(key.arm, case)})
-    sys.stdout.write(table([line for line in _lines(results) if line["dataset"] == args.dataset]) + "\n")
+    sys.stdout.write(table([line for line in _lines(results) if line["dataset"] == label]) + "\n")
 
 
 def run(arm: str, case: Case) -> dict[str, Any]:
     """Train one arm and score the test rows of the held-out domain."""
-    began = time.perf_counter()
+    began = time.process_time()  # of the processor: other processes of a busy machine do not count
     found = _how(arm)(case)
-    minutes = (time.perf_counter() - began) / 60
+    minutes = (time.process_time() - began) / 60
     said = predict(found.model, found.rows.batches("test", 16384))
     return {
         "auc": wauc(said.label, said.probability, said.domain, said.weight),
@@ -154,18 +163,29 @@ def run(arm: str, case: Case) -> dict[str, Any]:
 
 def _how(arm: str) -> Callable[[Case], Outcome]:
     others = {"base alone": _base, "from scratch": _scratch, "finetune a copy": _finetune, "joint again": _joint}
-    return others.get(arm) or (lambda case: _onboard(case, STARTS[arm]))
+    return others.get(arm) or (lambda case: _onboard(case, SETTINGS[arm]))
 
 
 def _base(case: Case) -> Outcome:
     return Outcome(_copy_of_base(case), case.rows, 0)
 
 
-def _onboard(case: Case, starts: tuple[Start, ...]) -> Outcome:
-    recipe = replace(case.recipe, onboard=replace(case.recipe.onboard, starts=starts))
-    bundle, found = onboard(case.bundle, case.data, case.domain, recipe)
-    row = sum(p[0].numel() for name, p in bundle.model.named_parameters() if "lora_" in name)
-    return Outcome(bundle.model, case.rows, row if found.fit is not None else 0, found.chosen)
+def _onboard(case: Case, settings: dict[str, Any]) -> Outcome:
+    wanted = replace(case.recipe.onboard, **{k: v for k, v in settings.items() if "." not in k})
+    if "fit.patience" in settings:
+        wanted = replace(wanted, fit=replace(wanted.fit, patience=settings["fit.patience"]))
+    bundle, found = onboard(case.bundle, case.data, case.domain, replace(case.recipe, onboard=wanted))
+    adapter = sum(p[0].numel() for name, p in bundle.model.named_parameters() if "lora_" in name)
+    trained = 0 if found.fit is None else adapter
+    return Outcome(bundle.model, case.seen_by(bundle.encoder), trained + _moved(case.bundle, bundle), found.chosen)
+
+
+def _moved(before: Bundle, after: Bundle) -> int:
+    """Numbers of the base that are not as a grown but untrained one has them."""
+    schema = before.encoder.schema
+    untrained = grown(before.model, before.model_options, schema, replace(after.encoder.schema, domains=schema.domains))
+    one, two = base_state(untrained), base_state(after.model)
+    return sum(int((one[name] != two[name]).sum()) for name in one)
 
 
 def _scratch(case: Case) -> Outcome:
@@ -206,30 +226,25 @@ def held_out(data: Dataset, domain: str) -> HeldOut:
     schema, number = data.schema, data.schema.domains.index(domain)
     train = data.read("train")
     seen = train.ids[train.domain != number]
-    owners = {f.name: f.share or f.name for f in schema.categorical}
-    slots = [owners[feature.name] for feature in schema.slots]
-    kept: dict[str, Tensor] = {}
-    for feature in schema.features:
-        if feature.has_vocabulary:
-            its = [slot for slot, owner in enumerate(slots) if owner == feature.name]
-            kept[feature.name] = torch.bincount(seen[:, its].flatten(), minlength=feature.num_ids)[FIRST_ID:] > 0
+    slots, owners = _owners(schema), {f.name: f.share or f.name for f in schema.categorical}
+    kept = {name: known[FIRST_ID:] for name, known in _seen(schema, seen).items()}
     orders = {name: torch.argsort(~known, stable=True) for name, known in kept.items()}  # new place -> old place
     words = {name: [data.encoder.vocabularies[name][place] for place in order] for name, order in orders.items()}
     sizes = {name: int(known.sum()) for name, known in kept.items()}
     names = tuple(name for name in schema.domains if name != domain)
-    grown = Encoder(replace(schema, domains=(*names, domain)), words)
+    large = Encoder(replace(schema, domains=(*names, domain)), words)
     features = tuple(_cut(feature, owners, sizes) for feature in schema.features)
     small = Encoder(
         replace(schema, features=features, domains=names), {name: words[name][:size] for name, size in sizes.items()}
     )
     moved = [_places(orders[owner]) if owner in orders else None for owner in slots]
     ends = torch.tensor([feature.num_ids for feature in small.schema.slots])
-    domains = torch.tensor([grown.schema.domains.index(name) for name in schema.domains])
+    domains = torch.tensor([large.schema.domains.index(name) for name in schema.domains])
     whole = {split: _renamed(data.read(split), moved, domains) for split in SPLITS}
     rest = {split: rows.take(rows.domain < len(names)) for split, rows in whole.items()}
     cut = {split: rows._replace(ids=torch.where(rows.ids < ends, rows.ids, OOV_ID)) for split, rows in rest.items()}
     return HeldOut(
-        Dataset.from_batches(small.schema, cut, small), Dataset.from_batches(grown.schema, whole, grown), domain
+        Dataset.from_batches(small.schema, cut, small), Dataset.from_batches(large.schema, whole, large), domain
     )
 
 
@@ -252,7 +267,10 @@ def _renamed(rows: Batch, moved: list[Tensor | None], domains: Tensor) -> Batch:
 
 
 def with_rows(held: HeldOut, rows: str, seed: int) -> Dataset:
-    """Everything, but of the held-out domain only so many training rows, with the same share of clicks."""
+    """Everything, but of the held-out domain only so many training rows, with the same share of clicks.
+
+    Words that no training row has then are out-of-vocabulary, as if the other rows had never been seen.
+    """
     data = held.everything
     if rows == "all":
         return data
@@ -264,10 +282,33 @@ def with_rows(held: HeldOut, rows: str, seed: int) -> Dataset:
     for clicked in (True, False):
         places = torch.nonzero(own & ((train.label > 0.5) == clicked)).flatten()
         picked.append(places[torch.randperm(len(places), generator=generator)[: max(round(share * len(places)), 1)]])
-    splits = {split: data.read(split) for split in SPLITS}
-    return Dataset.from_batches(
-        data.schema, {**splits, "train": train.take(torch.cat(picked).sort().values)}, data.encoder
-    )
+    splits = {**{split: data.read(split) for split in SPLITS}, "train": train.take(torch.cat(picked).sort().values)}
+    seen = _seen(data.schema, splits["train"].ids)
+    owners = _owners(data.schema)
+    for split, batch in splits.items():
+        columns = [
+            torch.where(seen[owner][column], column, OOV_ID) if owner in seen else column
+            for column, owner in zip(batch.ids.unbind(1), owners, strict=True)
+        ]
+        splits[split] = batch._replace(ids=torch.stack(columns, 1))
+    return Dataset.from_batches(data.schema, splits, data.encoder)
+
+
+def _owners(schema: Schema) -> list[str]:
+    """Of each id column the feature whose vocabulary it has."""
+    owners = {f.name: f.share or f.name for f in schema.categorical}
+    return [owners[feature.name] for feature in schema.slots]
+
+
+def _seen(schema: Schema, ids: Tensor) -> dict[str, Tensor]:
+    """By vocabulary: which of its ids there are; those that stand for no word count as seen."""
+    owners, seen = _owners(schema), {}
+    for feature in schema.features:
+        if feature.has_vocabulary:
+            its = [slot for slot, owner in enumerate(owners) if owner == feature.name]
+            seen[feature.name] = torch.bincount(ids[:, its].flatten(), minlength=feature.num_ids) > 0
+            seen[feature.name][:FIRST_ID] = True
+    return seen
 
 
 def _number(rows: str, most: int) -> int:
@@ -292,46 +333,48 @@ def _recipe(recipe: Recipe) -> Recipe:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Mean AUC in points and its 95 % interval over seeds, a line an arm, a column a number of rows; all domains first."""
-    sizes = sorted({line["rows"] for line in lines}, key=_order)
-    out = [over_all(lines, sizes)]
-    for domain in dict.fromkeys(line["hold_out"] for line in lines):
-        own = [line for line in lines if line["hold_out"] == domain]
-        seeds = len({line["seed"] for line in own})
-        out += [
-            f"\n**{domain}**, {seeds} seed{'s' * (seeds > 1)}\n",
-            f"| AUC | {' | '.join(sizes)} | minutes | parameters |",
-        ]
-        out.append("|---|" + "---:|" * (len(sizes) + 2))
+    """What each arm adds to the base alone over held-out domains and seeds, and what it takes of joint training again."""
+    known = {tuple(line[name] for name in Key._fields): line for line in lines}
+    out = ["| arm | rows | added to the base alone | less joint again | log loss | time | parameters |"]
+    out.append("|---|---:|---:|---:|---:|---:|---:|")
+    for rows in sorted({line["rows"] for line in lines}, key=_order):
         for arm in ARMS:
-            if mine := [line for line in own if line["arm"] == arm]:
-                cells = [_cell([line["auc"] for line in mine if line["rows"] == rows]) for rows in sizes]
-                last = [line for line in mine if line["rows"] == mine[-1]["rows"]]
-                minutes = paired(line["minutes"] for line in last).mean
-                out.append(f"| {arm} | {' | '.join(cells)} | {minutes:.2f} | {mine[-1]['parameters']:,} |")
-    return "\n".join(out)
+            mine = [line for line in lines if line["arm"] == arm and line["rows"] == rows]
+            if mine:
+                cells = " | ".join(_cells(mine, [known.get(_other(line, ARMS[-1])) for line in mine], known))
+                out.append(f"| {arm} | {rows} | {cells} |")
+    return "\n".join(out) + "\n\n" + _each(lines)
 
 
-def over_all(lines: list[dict[str, Any]], sizes: list[str]) -> str:
-    """What each arm adds to the base alone: points of AUC, mean over held-out domains and seeds with its 95 % interval."""
-    bases = {(line["hold_out"], line["rows"], line["seed"]): line for line in lines if line["arm"] == ARMS[0]}
-    out = [
-        f"\n| added to the base alone | {' | '.join(sizes)} | median minutes, {sizes[-2]} |",
-        "|---|" + "---:|" * (len(sizes) + 1),
+def _cells(
+    mine: list[dict[str, Any]], joint: list[dict[str, Any] | None], known: dict[Any, dict[str, Any]]
+) -> list[str]:
+    """Points of AUC with intervals, mean log loss, and median shares of joint training's time and parameters."""
+    both = [(line, other) for line, other in zip(mine, joint, strict=True) if other is not None]
+    shares = [
+        f"{100 * median(one[what] / other[what] for one, other in both):.1f} %" if both else ""
+        for what in ("minutes", "parameters")
     ]
-    for arm in ARMS[1:]:
-        if mine := [line for line in lines if line["arm"] == arm]:
-            gains = {
-                rows: [
-                    each["auc"] - bases[each["hold_out"], rows, each["seed"]]["auc"]
-                    for each in mine
-                    if each["rows"] == rows
-                ]
-                for rows in sizes
-            }
-            minutes = [line["minutes"] for line in mine if line["rows"] == sizes[-2]]
-            cells = [_cell(gains[rows], "+.2f") for rows in sizes]
-            out.append(f"| {arm} | {' | '.join(cells)} | {f'{median(minutes):.2f}' if minutes else ''} |")
+    added = [line["auc"] - known[_other(line, ARMS[0])]["auc"] for line in mine]
+    less = [one["auc"] - other["auc"] for one, other in both]
+    loss = sum(line["log_loss"] for line in mine) / len(mine)
+    return [_cell(added), _cell(less), f"{loss:.4f}", *shares]
+
+
+def _other(line: dict[str, Any], arm: str) -> tuple[Any, ...]:
+    """The key of another arm on the same rows."""
+    return tuple({**line, "arm": arm}[name] for name in Key._fields)
+
+
+def _each(lines: list[dict[str, Any]]) -> str:
+    """Mean AUC of each held-out domain, in points."""
+    arms = [arm for arm in ARMS if any(line["arm"] == arm for line in lines)]
+    out = [f"| domain | rows | seeds | {' | '.join(arms)} |", "|---|---:|---:|" + "---:|" * len(arms)]
+    for domain, rows in dict.fromkeys((line["hold_out"], line["rows"]) for line in lines):
+        own = [line for line in lines if (line["hold_out"], line["rows"]) == (domain, rows)]
+        means = [[line["auc"] for line in own if line["arm"] == arm] for arm in arms]
+        cells = [f"{100 * sum(values) / len(values):.2f}" if values else "" for values in means]
+        out.append(f"| {domain} | {rows} | {len({line['seed'] for line in own})} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
@@ -339,12 +382,12 @@ def _order(rows: str) -> tuple[bool, bool, float]:
     return rows == "all", rows.endswith("%"), 0.0 if rows == "all" else float(rows.rstrip("%"))
 
 
-def _cell(values: list[float], form: str = ".2f") -> str:
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
     found = paired(values)
-    said = [format(100 * value, form) for value in (found.mean, found.low, found.high)]
-    if found.num_pairs < 2:
-        return said[0] if values else ""
-    return f"{said[0]} [{said[1]}, {said[2]}]"
+    said = [format(100 * value, "+.2f") for value in (found.mean, found.low, found.high)]
+    return said[0] if found.num_pairs < 2 else f"{said[0]} [{said[1]}, {said[2]}]"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -366,6 +409,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["100", "1000", "10%", "all"], help="numbers, shares as 10%%, all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--temperature", type=float, help="of the adapters; the study's own by default")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

@@ -18,7 +18,9 @@ from domlora.errors import SchemaError
 from domlora.features.batch import Batch
 from domlora.features.schema import Feature, Schema
 from domlora.models.build import MODELS, build_model
+from domlora.models.growth import grown as larger
 from domlora.training.fit import FitOptions
+from domlora.training.new_words import NewWords
 from domlora.training.onboard import onboard
 from domlora.training.optimizers import OptimizerOptions, Rule
 from domlora.training.stages import Onboarding, Recipe
@@ -32,6 +34,7 @@ RECIPE = Recipe(
         OptimizerOptions(adapters=Rule("adamw", lr=0.03, weight_decay=0.5)),
         starts=("zero", "mean", "nearest", "mix"),
         min_gain=0.0,
+        new_words=False,
     )
 )
 
@@ -110,6 +113,30 @@ def test_no_other_domain_moves_by_a_bit(name: str, adapted: bool, known: Dataset
     assert after.encoder.vocabularies == bundle.encoder.vocabularies
     assert found.chosen.startswith("trained")  # else nothing was put to the test
     assert any(value.any() for value in rows_of(after.model, 3).values())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OF_DOMAINS])
+def test_nor_when_new_words_learn(name: str, known: Dataset, grown: Dataset) -> None:
+    bundle = bundle_of(name, known)
+    batch = rows(known.schema, 200, 9)  # every word that the bundle knows, and unknown ones
+    before, base = digest(bundle.model, batch), base_bits(bundle.model)
+    after, found = onboard(bundle, grown, "shop", replace(RECIPE, onboard=replace(RECIPE.onboard, new_words=True)))
+    assert digest(after.model, batch) == digest(bundle.model, batch) == before
+    assert base_bits(bundle.model) == base
+    assert after.encoder.vocabularies == grown.encoder.vocabularies
+    assert found.chosen.startswith("trained")
+    words, state = NewWords(bundle.model, after.model), base_state(after.model)
+    for name, old in base_state(bundle.model).items():
+        kept = torch.ones(len(state[name]), dtype=torch.bool) if state[name].dim() else torch.tensor(True)
+        if name in words.rows:
+            kept[words.rows[name]] = False
+        assert torch.equal(state[name][kept].flatten(), old.flatten())
+    untrained = larger(bundle.model, {"name": bundle.model_options["name"], **OPTIONS}, known.schema, words_of(after))
+    assert any(bool((words.of(after.model)[name] != start).any()) for name, start in words.of(untrained).items())
+
+
+def words_of(bundle: Bundle) -> Schema:
+    return replace(bundle.encoder.schema, domains=OLD)
 
 
 @pytest.mark.parametrize("name", sorted(OF_DOMAINS))

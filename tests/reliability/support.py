@@ -29,7 +29,7 @@ sys.exit(serve(Settings.from_json(sys.argv[1]), factory=sys.argv[2]))
 REAL, HANGING = "domlora.serving.http.service:make", "hanging:make"
 
 
-def write_export(folder: Path) -> None:
+def write_export(folder: Path, seed: int = 0) -> None:
     """A tower of 256, 128 and 64 units over five features, with adapters for three domains."""
     import torch
 
@@ -41,7 +41,7 @@ def write_export(folder: Path) -> None:
     from domlora.models.build import build_model
     from domlora.serving.export import export
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     schema = Schema(tuple(Feature(f"f{i}", num_ids=NUM_IDS) for i in range(FEATURES)), domains=DOMAINS)
     options = {"name": "mlp", "embedding_dim": 16, "hidden_units": [256, 128, 64]}
     model = build_model(schema=schema, **options)

@@ -52,7 +52,7 @@ def onboard(
     track_to: TrackTo = "",
     candidate: Candidate = False,
 ) -> None:
-    """Give a trained model one domain more: an adapter on the frozen base, one small file.
+    """Give a trained model one domain more: an adapter on the frozen base, and rows of tables for words that are new.
 
     Prepare its rows with `domlora prepare ... --grow BUNDLE`. All other domains keep every bit of their scores.
     """
@@ -132,6 +132,17 @@ def export(
     out: Out,
     version: Version = None,
     rows: Annotated[int, typer.Option("--rows", help="Rows of the validation split to compare on.")] = 1000,
+    remote_tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--remote-tables",
+            metavar="PATTERN",
+            help="Leave tables out, such as 'embedding.*': their rows go to OUT.rows, see `domlora store rows`; repeatable.",
+        ),
+    ] = None,
+    remote_from_bytes: Annotated[
+        int | None, typer.Option("--remote-from-bytes", help="Leave out tables of this size and more.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a bundle as ONNX: tables as memory-mapped data, adapters as inputs that are swapped without a new export.
@@ -145,7 +156,14 @@ def export(
     refuse_existing(out, overwrite)
     opened, prepared = Bundle.open(bundle, version=version), Dataset.open(data)
     check_same_encoder(opened, prepared)
-    made = run(opened, out, _samples(prepared, rows), overwrite=overwrite)
+    made = run(
+        opened,
+        out,
+        _samples(prepared, rows),
+        overwrite=overwrite,
+        remote_tables=remote_tables or (),
+        remote_from_bytes=remote_from_bytes,
+    )
     STDOUT.print(f"{made}\nwrote {out}", markup=False, highlight=False, soft_wrap=True)
 
 

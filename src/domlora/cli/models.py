@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,9 +28,15 @@ from domlora.cli.options import (
     use_threads,
     write_text,
 )
-from domlora.cli.tracked import Track, TrackTo, tracked
+from domlora.cli.tracked import Track, TrackTo, silent, tracked
 from domlora.errors import ConfigError
 from domlora.terminal import STDOUT, print_table
+
+if TYPE_CHECKING:
+    from domlora.bundle import Bundle
+    from domlora.config import Config
+    from domlora.data.dataset import Dataset
+    from domlora.training.fit import Fit
 
 __all__ = ["adapt", "evaluate", "pretrain"]
 
@@ -56,25 +62,13 @@ def pretrain(
 
     Killed and started again, it goes on where it was and ends with the same bits.
     """
-    from domlora.bundle import Bundle
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
-    from domlora.files import only_one
-    from domlora.studies.single import what_matters
-    from domlora.training.methods import Job, train
-    from domlora.training.stages import placed
 
     refuse_existing(out, overwrite)
     use_threads(threads)
-    options = load_config(config, settings or ())
-    rows = Dataset.open(data)
-    with only_one(out):
-        with tracked(track, track_to, out.name, rows.schema.domains, partial(what_matters, options, method)) as run:
-            job = Job(rows, options.model, placed(options.train, device), None, checkpoint_of(out), run.show)
-            model, made, found = train(method, job)
-            Bundle(model, made, rows.encoder, facts_of(method, rows, model, found)).save(out, overwrite=overwrite)
-            run.wrote(out)
-        drop_checkpoint(out)
+    options, rows = load_config(config, settings or ()), Dataset.open(data)
+    found = _train(method, options, rows, None, device, out, overwrite, track, track_to)
     STDOUT.print(
         f"best validation {found.best_value:.5f} after epoch {found.best_epoch:g}; wrote {out}", highlight=False
     )
@@ -106,27 +100,50 @@ def adapt(
     from domlora.bundle import Bundle
     from domlora.config import load_config
     from domlora.data.dataset import Dataset
-    from domlora.files import only_one
-    from domlora.studies.single import what_matters
-    from domlora.training.methods import Job, train
-    from domlora.training.stages import placed
 
     refuse_existing(out, overwrite)
     use_threads(threads)
     opened, rows = Bundle.open(bundle), Dataset.open(data)
     options = replace(load_config(config, settings or ()), model=opened.model_options)
     check_same_encoder(opened, rows)
-    with only_one(out):
-        with tracked(track, track_to, out.name, rows.schema.domains, partial(what_matters, options, method)) as run:
-            recipe = placed(options.train, device)
-            job = Job(rows, opened.model_options, recipe, opened.model, checkpoint_of(out), run.show)
-            model, made, found = train(method, job)
-            facts = {**facts_of(method, rows, model, found), "base": opened.facts}
-            Bundle(model, made, opened.encoder, facts).save(out, overwrite=overwrite)
-            run.wrote(out)
-        drop_checkpoint(out)
+    found = _train(method, options, rows, opened, device, out, overwrite, track, track_to)
     start = found.history[0][options.train.adapt.fit.monitor]
     STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
+
+
+def _train(
+    method: str,
+    options: Config,
+    rows: Dataset,
+    start: Bundle | None,
+    device: str,
+    out: Path,
+    overwrite: bool,
+    track: str,
+    track_to: str,
+) -> Fit:
+    """Train and write the bundle; where ranks train together, the first one tells and writes, and the others end here."""
+    from domlora.bundle import Bundle
+    from domlora.files import only_one
+    from domlora.studies.single import what_matters
+    from domlora.training.distributed.ranks import joined
+    from domlora.training.methods import Job, train
+    from domlora.training.stages import placed
+
+    base, encoder, origin = (None, rows.encoder, {}) if start is None else (start.model, start.encoder, start.facts)
+    told = partial(what_matters, options, method)
+    with joined() as ranks, nullcontext() if ranks.rank else only_one(out):
+        with silent() if ranks.rank else tracked(track, track_to, out.name, rows.schema.domains, told) as run:
+            recipe = placed(options.train, device)
+            model, made, found = train(method, Job(rows, options.model, recipe, base, checkpoint_of(out), run.show))
+            facts = facts_of(method, rows, model, found)
+            if ranks.rank:
+                raise typer.Exit
+            whole = {**facts, "base": origin} if start else facts
+            Bundle(model, made, encoder, whole).save(out, overwrite=overwrite)
+            run.wrote(out)
+        drop_checkpoint(out)
+    return found
 
 
 def evaluate(

@@ -10,10 +10,12 @@ from domlora.cli.evidence import report, study
 from domlora.cli.experiments import ab_app
 from domlora.cli.life import export, merge, onboard, update
 from domlora.cli.models import adapt, evaluate, pretrain
+from domlora.cli.parallel import adapt_each
 from domlora.cli.rows import data_app, prepare, schema_app
 from domlora.cli.serve import serve
 from domlora.cli.simulate import simulate
 from domlora.cli.store import store_app
+from domlora.cli.stored_rows import rows_app
 from domlora.cli.traffic import loadtest
 from domlora.cli.versions import bundle_app
 from domlora.errors import DomloraError
@@ -46,9 +48,24 @@ app.command()(prepare)
 app.add_typer(schema_app, name="schema")
 app.add_typer(data_app, name="data")
 app.add_typer(bundle_app, name="bundle")
+store_app.add_typer(rows_app, name="rows")
 app.add_typer(store_app, name="store")
 app.add_typer(ab_app, name="ab")
-for verb in (pretrain, adapt, evaluate, onboard, update, export, serve, loadtest, simulate, merge, study, report):
+for verb in (
+    pretrain,
+    adapt,
+    adapt_each,
+    evaluate,
+    onboard,
+    update,
+    export,
+    serve,
+    loadtest,
+    simulate,
+    merge,
+    study,
+    report,
+):
     app.command()(verb)
 
 _INTERRUPTED = 130  # what Typer exits with after Ctrl-C

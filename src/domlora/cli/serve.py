@@ -10,7 +10,14 @@ import typer
 
 __all__ = ["serve"]
 
-_LISTEN, _MODEL, _LIMITS, _TIMES, _SEEN = "Where", "What", "Limits of a worker", "Times in seconds", "What is seen"
+_LISTEN, _MODEL, _LIMITS, _TIMES, _SEEN, _ROWS = (
+    "Where",
+    "What",
+    "Limits of a worker",
+    "Times in seconds",
+    "What is seen",
+    "Tables that lie elsewhere",
+)
 
 
 def _option(flag: str, panel: str, text: str, default: object) -> typer.models.OptionInfo:
@@ -19,16 +26,41 @@ def _option(flag: str, panel: str, text: str, default: object) -> typer.models.O
     return option
 
 
+_StoreUrl = Annotated[
+    str | None,
+    _option(
+        "--store-url",
+        _MODEL,
+        "A store that machines share, a folder or `s3://BUCKET/PATH`; `--bundle` is the folder of this one's copy.",
+        None,
+    ),
+]
+_UnknownDomain = Annotated[
+    str | None,
+    _option("--unknown-domain", _MODEL, "`base` scores without an adapter, `error` refuses, or a domain.", "base"),
+]
+_RowsMissing = Annotated[
+    str | None,
+    _option("--rows-missing", _ROWS, "`degrade` scores as out-of-vocabulary, `error` answers 503.", "degrade"),
+]
+_Rows = Annotated[
+    str | None,
+    _option("--rows", _ROWS, "Redis or Valkey with their rows: `redis://`, `rediss://`, `unix://`.", None),
+]
+_Drain = Annotated[
+    float | None,
+    _option("--drain", _TIMES, "After SIGTERM: not ready, still answering, so that balancers see it.", 1.0),
+]
+
+
 def serve(
     bundle: Annotated[
         Path | None,
         _option("--bundle", _MODEL, "An exported folder, a store, or a bundle (exported beside itself).", None),
     ] = None,
     name: Annotated[str | None, _option("--name", _MODEL, "Of the model in URLs; else the folder's.", None)] = None,
-    unknown_domain: Annotated[
-        str | None,
-        _option("--unknown-domain", _MODEL, "`base` scores without an adapter, `error` refuses, or a domain.", "base"),
-    ] = None,
+    store_url: _StoreUrl = None,
+    unknown_domain: _UnknownDomain = None,
     unknown_ids: Annotated[
         str | None, _option("--unknown-ids", _MODEL, "`count` scores as out-of-vocabulary, `error` refuses.", "count")
     ] = None,
@@ -63,12 +95,10 @@ def serve(
     keep_alive_s: Annotated[
         float | None, _option("--keep-alive", _TIMES, "Of an idle connection; more than the proxy's.", 75.0)
     ] = None,
-    drain_s: Annotated[
-        float | None,
-        _option("--drain", _TIMES, "After SIGTERM: not ready, still answering, so that balancers see it.", 1.0),
-    ] = None,
+    drain_s: _Drain = None,
     grace_s: Annotated[float | None, _option("--grace", _TIMES, "Then for requests that are running.", 5.0)] = None,
     poll_s: Annotated[float | None, _option("--poll", _TIMES, "Between looks for a newer version.", 0.05)] = None,
+    look_s: Annotated[float | None, _option("--look", _TIMES, "Between looks at `--store-url`.", 0.5)] = None,
     flush_s: Annotated[
         float | None, _option("--flush", _TIMES, "Between writes of exposures and feedback.", 1.0)
     ] = None,
@@ -81,6 +111,12 @@ def serve(
     otlp_endpoint: Annotated[
         str | None, _option("--otlp-endpoint", _SEEN, "Where OpenTelemetry traces go.", None)
     ] = None,
+    rows: _Rows = None,
+    rows_timeout_s: Annotated[float | None, _option("--rows-timeout", _ROWS, "Seconds for one answer.", 0.05)] = None,
+    rows_cache_bytes: Annotated[
+        int | None, _option("--rows-cache-bytes", _ROWS, "Memory of a worker for the rows used last.", 256 << 20)
+    ] = None,
+    rows_missing: _RowsMissing = None,
 ) -> None:
     """Answer over HTTP: scores, adapters, experiments, metrics.
 

@@ -10,13 +10,14 @@ import typer
 from domlora.cli.options import Overwrite, Version
 from domlora.terminal import STDOUT, print_json
 
-__all__ = ["add", "delta", "drop", "pack", "push", "set_live", "show", "store_app"]
+__all__ = ["add", "delta", "drop", "pack", "publish", "pull", "push", "set_live", "show", "store_app"]
 
 store_app = typer.Typer(
     no_args_is_help=True, help="Look into a store, the folder that `domlora serve` serves, and change it."
 )
 
 Place = Annotated[Path, typer.Argument(help="Folder of a store.")]
+Url = Annotated[str, typer.Argument(help="Shared store: a folder, or s3://BUCKET/PATH.")]
 
 
 @store_app.command()
@@ -141,6 +142,40 @@ def push(
         content = file.read_bytes()
     adapter = Store.open(store).put_adapter(read_payload(content).domain, content, label, pinned)
     _say(f"version {adapter.version} of {adapter.domain} is served from {store}")
+
+
+@store_app.command()
+def publish(
+    store: Place,
+    url: Url,
+    delta: Annotated[
+        bool,
+        typer.Option("--delta", help="Also send what differs from the version live there, for replicas that have it."),
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Send files that should be there too: one of them was found damaged.")
+    ] = False,
+) -> None:
+    """Let all servers of a shared store serve what this store holds: `domlora serve --store-url`."""
+    from domlora.serving.shared.place import Place as Shared
+    from domlora.serving.shared.publishing import publish as run
+    from domlora.serving.store import Store
+
+    told = run(Store.open(store), Shared(url), delta=delta, again=again)
+    _say(f"generation {told.generation}: sent {told.files:,} files, {told.size_bytes:,} bytes")
+
+
+@store_app.command()
+def pull(
+    store: Annotated[Path, typer.Argument(help="Folder of a store; made if it is not there.")],
+    url: Url,
+) -> None:
+    """Bring what others have published into this store, beside its own changes."""
+    from domlora.serving.shared.place import Place as Shared
+    from domlora.serving.shared.publishing import pull as run
+    from domlora.serving.store import Store
+
+    _say(f"{store} knows generation {run(Store.create(store), Shared(url)).generation}")
 
 
 def _print_table(lines: list[dict[str, object]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from domlora.tracking import Tracker
     from domlora.training.fit import OnProgress
 
-__all__ = ["Track", "TrackTo", "Tracked", "tracked"]
+__all__ = ["Track", "TrackTo", "Tracked", "silent", "tracked"]
 
 Track = Annotated[
     str, typer.Option("--track", help="Tell `mlflow` or `tensorboard` of options, curves and bundle versions.")
@@ -37,13 +37,18 @@ class Tracked:
         show: an ``on_progress`` of training.
     """
 
-    show: OnProgress
+    show: OnProgress | None
     tracker: Tracker | None
 
     def wrote(self, folder: Path, version: int = 1, *, default: bool = True) -> None:
         """A version of a bundle; the default one has the alias ``live``."""
         if self.tracker is not None:
             self.tracker.bundle(folder, folder.name, version, ("live",) if default else ("candidate",))
+
+
+def silent() -> AbstractContextManager[Tracked]:
+    """A run that another process shows and tells of."""
+    return nullcontext(Tracked(None, None))
 
 
 @contextmanager

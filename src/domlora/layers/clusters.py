@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domlora.layers.domain_linear import StarLinear, row_by_row
+from domlora.layers.whole_batch import whole_sum
 
 __all__ = ["ClusterLinear", "ClusterRouter"]
 
@@ -58,7 +59,7 @@ class ClusterRouter(nn.Module):
         centres = self.running_mean
         for _ in range(self.num_steps):
             shares = torch.softmax(u @ centres.t() / self.temperature, dim=1)  # (B, K)
-            centres = F.normalize(shares.t() @ u, dim=1)
+            centres = F.normalize(whole_sum(shares.t() @ u), dim=1)
         self.running_mean.copy_(F.normalize(self.running_mean.lerp(centres, 1.0 - self.momentum), dim=1))
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from domlora.layers.whole_batch import whole_sum
+
 __all__ = ["PartitionedNorm"]
 
 
@@ -70,15 +72,15 @@ class PartitionedNorm(nn.Module):
 
     def _statistics(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance (D + 1, width) of each domain's rows, the last of all rows; who has rows enough."""
-        count = x.new_zeros(self.num_domains + 1).index_add(0, row, x.new_ones(x.shape[0]))
-        divisor = count.clamp(min=1).unsqueeze(1)
+        count = whole_sum(x.new_zeros(self.num_domains + 1).index_add(0, row, x.new_ones(x.shape[0])))
+        divisor, num_rows = count.clamp(min=1).unsqueeze(1), count.sum()
         zeros = x.new_zeros(self.num_domains + 1, x.shape[1])
-        mean = zeros.index_add(0, row, x) / divisor
-        var = zeros.index_add(0, row, (x - mean.index_select(0, row)).square()) / divisor
-        share = count / x.shape[0]
+        mean = whole_sum(zeros.index_add(0, row, x)) / divisor
+        var = whole_sum(zeros.index_add(0, row, (x - mean.index_select(0, row)).square())) / divisor
+        share = count / num_rows
         pooled_mean = share @ mean
         pooled_var = share @ (var + (mean - pooled_mean).square())  # within the groups and between them
-        count[-1] = x.shape[0]
+        count[-1] = num_rows
         return torch.vstack([mean[:-1], pooled_mean]), torch.vstack([var[:-1], pooled_var]), count > 1
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from domlora.files import new_folder, sha256_of
 from domlora.serving.folder import MANIFEST, MIXED, PLAIN, TABLES, read_manifest
 from domlora.serving.writing import link_all, link_one
 
-__all__ = ["DELTA", "Written", "apply", "made_from", "write"]
+__all__ = ["DELTA", "Written", "apply", "difference", "made_from", "write"]
 
 DELTA = "delta.json"
 _FORMAT = "domlora delta 1"
@@ -86,7 +86,7 @@ def write(old: Path, new: Path, out: Path, *, overwrite: bool = False) -> Writte
         tensors = []
         for number, tensor in enumerate([] if TABLES in kept else _tensors(new)):
             before = known.get(tensor.name, tensor)
-            pieces, at, changed = _difference(_rows_of(source, before), _rows_of(target, tensor))
+            pieces, at, changed = difference(_rows_of(source, before), _rows_of(target, tensor))
             rows |= {f"{number}/at": at, f"{number}/rows": changed}
             places = [(before.offset + start * before.row, to, size) for start, to, size in pieces]
             tensors.append({**tensor._asdict(), "pieces": places})
@@ -154,7 +154,7 @@ def _tensors(folder: Path) -> list[_Tensor]:
     return [found[offset] for offset in sorted(found)]
 
 
-def _difference(
+def difference(
     before: NDArray[np.uint8], rows: NDArray[np.uint8]
 ) -> tuple[list[tuple[int, int, int]], NDArray[Any], NDArray[np.uint8]]:
     """Pieces (old row, new row, rows) of the old tensor, and the numbers and bytes of the rows that they do not give."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,8 @@ from domlora.models.build import stored_options
 from domlora.serving.folder import MIXED, ONE, TABLES, adapter_file, seal
 from domlora.serving.graph import layers_of, reads_domain, traced, with_banks
 from domlora.serving.program import Program
+from domlora.serving.rows.cut import cut
+from domlora.serving.rows.folder import RowsFolder, folder_beside, write_rows
 from domlora.serving.tables import move_weights
 
 __all__ = ["Exported", "banks_of", "export"]
@@ -54,7 +57,15 @@ class Exported:
     size_bytes: int
 
 
-def export(bundle: Bundle, folder: Path, samples: Sequence[Batch], *, overwrite: bool = False) -> Exported:
+def export(
+    bundle: Bundle,
+    folder: Path,
+    samples: Sequence[Batch],
+    *,
+    overwrite: bool = False,
+    remote_tables: Sequence[str] = (),
+    remote_from_bytes: int | None = None,
+) -> Exported:
     """Write a bundle as a folder that :class:`domlora.serving.program.Program` opens, see :mod:`domlora.serving.folder`.
 
     The folder appears only after both graphs gave the model's logits, to ``1e-5`` (of the largest logit, where that is above
@@ -63,24 +74,34 @@ def export(bundle: Bundle, folder: Path, samples: Sequence[Batch], *, overwrite:
     A model without adapters gives ``mixed.onnx`` alone. What a model of many domains does for a domain is in its graph, so
     only adapters can be added or swapped later.
 
+    Tables that are named are left out: their rows are in ``FOLDER.rows``, see :mod:`domlora.serving.rows.push`.
+
     Args:
         bundle: what to export; it stays as it is.
         folder: where the folder will be.
         samples: rows to compare on, such as some hundred of the validation split.
         overwrite: replace an exported folder that is there.
+        remote_tables: patterns of weights that are left out, such as ``embedding.*``.
+        remote_from_bytes: tables of this size and more are left out.
 
     Raises:
-        ConfigError: a model that ONNX cannot say, one that is not in float32, or one whose parts have adapters of their own.
+        ConfigError: a model that ONNX cannot say, one that is not in float32, or one whose parts have adapters of their own;
+            a pattern that names no table.
         DataError: no sample, or the folder exists.
         BundleError: the graphs do not give the model's logits.
     """
     start = time.perf_counter()
     model = _plain_copy(bundle.model)
     _check(model, samples)
-    with new_folder(folder, overwrite=overwrite, marker=MIXED) as fresh:
-        facts = _write(bundle, model, fresh)
+    with ExitStack() as stack:
+        fresh = stack.enter_context(new_folder(folder, overwrite=overwrite, marker=MIXED))
+        graph = traced(model, bundle.encoder.schema)
+        cuts = cut(graph, fresh, remote_tables, remote_from_bytes)
+        beside = stack.enter_context(new_folder(folder_beside(folder), overwrite=overwrite)) if cuts else fresh
+        tables = write_rows(cuts, beside) if cuts else []
+        facts = {**_write(bundle, model, graph, fresh), "remote": [table._asdict() for table in tables]}
         seal(fresh, facts)
-        difference, num_rows = _compare(model, Program.open(fresh), samples)
+        difference, num_rows = _compare(model, Program.open(fresh, rows=RowsFolder(beside) if cuts else None), samples)
         seal(fresh, {**facts, "difference": difference, "compared_rows": num_rows})
         size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     return Exported(difference, num_rows, time.perf_counter() - start, size)
@@ -98,11 +119,10 @@ def banks_of(model: nn.Module, domain: int) -> dict[str, NDArray[np.float32]]:
     return {name: row.numpy(force=True) for name, row in rows.items()}
 
 
-def _write(bundle: Bundle, model: nn.Module, folder: Path) -> dict[str, Any]:
+def _write(bundle: Bundle, model: nn.Module, graph: onnx_ir.Model, folder: Path) -> dict[str, Any]:
     """All files but the manifest, whose facts are returned."""
     schema, layers = bundle.encoder.schema, layers_of(model)
     bundle.encoder.save(folder)
-    graph = traced(model, schema)
     move_weights(graph, folder / TABLES)
     marked = onnx_ir.to_proto(graph)
     for name in (MIXED, ONE)[: 2 if layers else 1]:

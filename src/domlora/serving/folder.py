@@ -4,6 +4,7 @@ manifest.json        what is in here, with the sha256 of every file
 mixed.onnx           rows of many domains: banks (D, ...) beside the rows
 one.onnx             rows of one domain: the banks of that domain; only for a model with adapters
 tables.bin           weights of both graphs, mapped into memory and not read
+lookups.onnx  fallback.safetensors   only where tables are left out, see :mod:`domlora.serving.rows.layout`
 adapters/            the banks of each domain, numbered as the schema numbers domains
 schema.json  vocabularies.json       the encoder: raw value to id
 """

@@ -22,8 +22,9 @@ from domlora.files import sha256_of
 from domlora.serving.folder import adapter_file
 from domlora.serving.payload import read_payload
 from domlora.serving.program import Program
+from domlora.serving.rows.layout import Source as RowSource
 from domlora.serving.snapshot import Snapshot
-from domlora.serving.source import Follower
+from domlora.serving.source import Follows
 from domlora.serving.state import State
 from domlora.serving.store import Store
 
@@ -60,7 +61,15 @@ class _Now(NamedTuple):
 class _Version:
     """A version in memory."""
 
-    def __init__(self, store: Store, number: int, name: str, threads: int, others: Iterable[_Version] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        number: int,
+        name: str,
+        threads: int,
+        others: Iterable[_Version] = (),
+        rows: RowSource | None = None,
+    ) -> None:
         folder, facts = store.version_folder(number), store.facts(number)
         self.number, self.name, self.base = number, name, facts["base"]
         self.lazy = bool(facts["layers"]) and not facts["reads_domain"]
@@ -69,7 +78,7 @@ class _Version:
             domain: Source(str(number), facts["files"].get(adapter_file(place), ""), folder / adapter_file(place))
             for place, domain in enumerate(facts["domains"])
         }
-        program = Program.open(folder, threads=threads, domains=())
+        program = Program.open(folder, threads=threads, domains=(), rows=rows)
         self.words = tuple(facts["files"][name] for name in ("schema.json", "vocabularies.json"))
         same = (each.encoder for each in others if each.words == self.words)
         self.encoder: Encoder = next(same, None) or Encoder.open(folder)
@@ -109,7 +118,8 @@ class Live:
         name: of the model.
         max_adapters: how many are in memory.
         threads: of one call of a program.
-        follower: brings newer versions of a bundle into the store; looked after by :meth:`refresh`.
+        follower: brings newer versions of a bundle or a shared store into this one; looked after by :meth:`refresh`.
+        rows: where rows of tables come from that versions do not hold.
 
     Raises:
         BundleError: the store has no version, or a file of the live one or of a pushed adapter is damaged.
@@ -118,9 +128,16 @@ class Live:
     current: Snapshot
 
     def __init__(
-        self, store: Store, *, name: str, max_adapters: int = 1_000, threads: int = 1, follower: Follower | None = None
+        self,
+        store: Store,
+        *,
+        name: str,
+        max_adapters: int = 1_000,
+        threads: int = 1,
+        follower: Follows | None = None,
+        rows: RowSource | None = None,
     ) -> None:
-        self.store, self.loads = store, 0
+        self.store, self.loads, self._rows = store, 0, rows
         self._name, self._max_adapters, self._threads, self._follower = name, max_adapters, threads, follower
         self._changing, self._refreshing = threading.RLock(), threading.RLock()
         self._tick = itertools.count()
@@ -250,7 +267,7 @@ class Live:
 
     def _opened(self, number: int, state: State, warm: Collection[str]) -> _Version:
         """A version as it answers first: with pinned adapters, and with those that are in memory of the one before."""
-        one = _Version(self.store, number, self._name, self._threads, list(self._versions.values()))
+        one = _Version(self.store, number, self._name, self._threads, list(self._versions.values()), self._rows)
         one.sources = one.sources_of(state, self.store)
         pinned = [domain for domain, source in one.sources.items() if source.pinned]
         self._change(one, dict.fromkeys([*pinned, *(domain for domain in warm if domain in one.sources)]))

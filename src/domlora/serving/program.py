@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 from domlora.errors import BundleError, ConfigError, DataError, UnknownDomainError, nearest
 from domlora.features.schema import Schema
 from domlora.serving.folder import MIXED, ONE, AdaptedLayer, adapter_file, read_manifest
+from domlora.serving.rows.layout import LOOKUPS, RemoteTable, Source
+from domlora.serving.rows.lookup import Lookup
 
 __all__ = ["Banks", "Plan", "Program", "checked_banks", "read_banks"]
 
@@ -38,6 +40,7 @@ class _Graphs(NamedTuple):
     num_dense: int
     fed: tuple[str, ...]  # the inputs that take banks
     nothing: Banks  # the banks of a row without a domain
+    lookup: Lookup | None  # of rows of tables that the graphs do not hold
 
 
 class Program:
@@ -72,13 +75,16 @@ class Program:
         self.domains: tuple[str, ...] = tuple(self._adapters) if adapted else graphs.schema.domains
 
     @classmethod
-    def open(cls, folder: Path, *, threads: int = 1, domains: Collection[str] | None = None) -> Self:
+    def open(
+        cls, folder: Path, *, threads: int = 1, domains: Collection[str] | None = None, rows: Source | None = None
+    ) -> Self:
         """Read what :func:`domlora.serving.export.export` wrote, after checking every file of it.
 
         Args:
             folder: the directory. Its tables stay mapped: it must not be changed in place.
             threads: of one call; one for each worker is best where there are as many workers as cores.
             domains: whose adapters are read; None for all. A network that itself reads the domain has all in any case.
+            rows: where rows of tables come from that the export does not hold; without it such a program answers nothing.
 
         Raises:
             BundleError: no such folder, or a file is missing, damaged or unknown.
@@ -102,6 +108,7 @@ class Program:
             schema.num_dense,
             tuple(name for layer in layers for name in layer.shapes),
             _nothing(layers),
+            _lookup(folder, manifest, threads, rows),
         )
         places = {name: place for place, name in enumerate(schema.domains)}
         read = {name: read_banks(folder / adapter_file(places[name])) for name in wanted} if layers else {}
@@ -220,6 +227,8 @@ class Program:
     ) -> NDArray[np.float32]:
         if len(present) == 1:
             return self._of_one(ids, dense, present[0])
+        if self._graphs.lookup is not None:
+            self._graphs.lookup.warm(ids)
         logits = np.empty(len(ids), dtype=np.float32)
         order = np.argsort(places, kind="stable")
         bounds = np.searchsorted(places[order], np.arange(1, len(present)))
@@ -235,6 +244,8 @@ class Program:
 
     def _run(self, session: Any, rows: dict[str, NDArray[Any]], banks: Banks) -> NDArray[np.float32]:
         rows.update(zip(self._graphs.fed, banks, strict=True))
+        if self._graphs.lookup is not None:
+            rows.update(self._graphs.lookup(rows["ids"]))
         logits: NDArray[np.float32] = session.run(["logits"], rows)[0]
         return logits
 
@@ -270,6 +281,15 @@ def _session(path: Path, threads: int) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the core to others
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _lookup(folder: Path, manifest: Mapping[str, Any], threads: int, rows: Source | None) -> Lookup | None:
+    tables = [RemoteTable.of(told) for told in manifest.get("remote", ())]
+    if not tables:
+        return None
+    if rows is not None:
+        rows.check(tables)
+    return Lookup(_session(folder / LOOKUPS, threads), tables, folder, rows)
 
 
 def _nothing(layers: tuple[AdaptedLayer, ...]) -> Banks:

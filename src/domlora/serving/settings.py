@@ -33,9 +33,12 @@ _LEAST: dict[str, float] = {
     "drain_s": 0,
     "grace_s": 0.1,
     "poll_s": 0.001,
+    "look_s": 0.05,
     "flush_s": 0.01,
     "log_share": 0,
     "metrics_domains": 0,
+    "rows_timeout_s": 0.001,
+    "rows_cache_bytes": 0,
 }
 
 
@@ -44,7 +47,8 @@ class Settings:
     """How a server runs. Times are seconds, sizes bytes; limits are those of one worker.
 
     Args:
-        bundle: an exported folder, a store, or a bundle, which is exported beside itself.
+        bundle: an exported folder, a store, or a bundle, which is exported beside itself. With ``store_url``, the folder
+            where this machine keeps its copy of the shared store.
         name: of the model in URLs; the name of the folder without one.
         host, port: where to listen; port 0 takes a free one. TLS is for a proxy in front.
         workers: processes, each with one thread of inference; as many as cores answer most.
@@ -66,11 +70,18 @@ class Settings:
         drain_s: after SIGTERM, ``ready`` is 503 and requests are still taken for so long; a balancer needs it to see it.
         grace_s: then running requests have this long to end.
         poll_s: how often a worker looks for a new version or adapter.
+        store_url: of a store that several machines share: a folder, or ``s3://BUCKET/PATH``. It is changed by publishing to
+            it; admin routes of a server that has one change nothing.
+        look_s: how often one worker of a machine looks there.
         flush_s: how often exposures and feedback go to disk.
         log_share: of the answers that are logged, between 0 and 1; failures (5xx but overload) always are.
         metrics_domains: domains with series of their own; later ones are counted as ``other``.
         console: whether the web page is served.
         otlp_endpoint: where traces go; none are made without one.
+        rows: address of the Redis or Valkey that has the rows of tables which an export leaves out.
+        rows_timeout_s: that one answer of it may take; all requests of a worker wait meanwhile.
+        rows_cache_bytes: of memory, for the rows used last.
+        rows_missing: ``degrade`` scores a row that cannot be had as out-of-vocabulary and says so, ``error`` answers 503.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -105,17 +116,25 @@ class Settings:
     drain_s: float = 1.0
     grace_s: float = 5.0
     poll_s: float = 0.05
+    store_url: str | None = None
+    look_s: float = 0.5
     flush_s: float = 1.0
     log_share: float = 0.0
     metrics_domains: int = 1_000
     console: bool = True
     otlp_endpoint: str | None = None
+    rows: str | None = None
+    rows_timeout_s: float = 0.05
+    rows_cache_bytes: int = 256 << 20
+    rows_missing: str = "degrade"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             _check(name, kind, getattr(self, name))
         if self.unknown_ids not in ("count", "error"):
             raise ConfigError("unknown_ids must be 'count' or 'error'", received=self.unknown_ids)
+        if self.rows_missing not in ("degrade", "error"):
+            raise ConfigError("rows_missing must be 'degrade' or 'error'", received=self.rows_missing)
         if self.port > 65_535:
             raise ConfigError("port must be at most 65535", received=self.port)
         if self.log_share > 1:

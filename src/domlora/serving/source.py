@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from domlora.errors import BundleError, DomloraError
 from domlora.files import sha256_of, told
@@ -24,7 +24,7 @@ from domlora.serving.state import STATE
 from domlora.serving.store import Store
 from domlora.serving.writing import turn
 
-__all__ = ["Follower", "Opened", "open_store"]
+__all__ = ["Follower", "Follows", "Opened", "open_store"]
 
 _LOG = logging.getLogger("domlora.serving")
 _BUNDLE_FORMAT = 3
@@ -32,16 +32,23 @@ _COMING, _LOCK = ".coming", "lock.follow"
 _RETRY_S, _LONG_S = 60.0, 600.0
 
 
+class Follows(Protocol):
+    """What brings newer versions into a store while it is served."""
+
+    def step(self) -> None:
+        """Go on by one step, which waits for nobody."""
+
+
 class Opened(NamedTuple):
     """What is served.
 
     Args:
         store: the store.
-        follower: of a bundle, brings its newer versions.
+        follower: of a bundle or a shared store, brings its newer versions.
     """
 
     store: Store
-    follower: Follower | None
+    follower: Follows | None
 
 
 def open_store(path: Path, place: Path | None = None) -> Opened:

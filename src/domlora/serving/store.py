@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from domlora.serving.folder import MANIFEST, AdaptedLayer, read_facts, read_mani
 from domlora.serving.payload import Payload, read_payload
 from domlora.serving.program import Program, checked_banks
 from domlora.serving.state import STATE, Adapter, State, check_domain, check_label, file_of
-from domlora.serving.writing import link_all, turn, write_whole
+from domlora.serving.writing import link_all, link_one, turn, write_whole
 
 __all__ = ["Store"]
 
@@ -212,6 +213,28 @@ class Store:
             if followed is not None:
                 state = replace(state, followed=followed, origins={**state.origins, str(number): followed})
             self._put(replace(state, live=number))
+
+    def replace_state(self, state: State, files: Mapping[str, Path]) -> None:
+        """Serve what another store does, after every file that is new to this one was checked.
+
+        Args:
+            state: of the other one.
+            files: by the name that the state gives them, those of its adapters that are not here yet.
+
+        Raises:
+            BundleError: no such version, or a damaged file; what was served stays.
+        """
+        if state.live not in (None, self.state().live):
+            read_manifest(self.version_folder(state.live))
+        digests = {adapter.file: adapter.sha256 for adapter in state.adapters.values()}
+        with self._writing():
+            for name, path in files.items():
+                if sha256_of(path) != digests[name]:
+                    raise BundleError("an adapter's file is damaged: its sha256 is another", received=name)
+                link_one(path, self.folder / name)
+            if state != self.state():
+                self._put(state)
+            self._sweep()
 
     def put_adapter(
         self, domain: str, content: bytes, version: str | None = None, pinned: bool = False, *, max_rank: int = 256

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+from domlora.errors import EngineError
+from domlora.training.parallel.processes import in_workers
 
 __all__ = ["alone", "in_processes"]
 
@@ -27,14 +29,12 @@ def in_processes(work: Callable[[T], Iterator[R]], tasks: Iterable[T], jobs: int
         for task in tasks:
             yield from work(task)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_listed, work, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                yield from future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for task, found in in_workers(partial(_listed, work), tasks, workers=jobs, tries=1):
+        if found is None:
+            raise EngineError(
+                "a process must live until its work is done", received=str(task), next_step="Run fewer jobs at a time"
+            )
+        yield from found
 
 
 @contextmanager

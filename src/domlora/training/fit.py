@@ -33,6 +33,7 @@ from domlora.training.checkpoint import (
     write_checkpoint,
 )
 from domlora.training.device import brought, random_state, set_random_state
+from domlora.training.engine import engine
 from domlora.training.guard import Place, check_finite, explodes, lost_in
 from domlora.training.optimizers import Optimizer, OptimizerOptions
 from domlora.training.progress import Fit, OnProgress, Progress, Watcher
@@ -162,7 +163,9 @@ class Run:
         self.checkpoint, self.checkpoint_every_s = checkpoint, checkpoint_every_s
         self.saved = self.shown = time.perf_counter()
         self.home, self.device = brought((self.model, self.stepped), options.device)
+        self.engine = engine()
         self.optimizer = Optimizer(self.stepped, rules)
+        self.called = self.engine.called(self.stepped, self.optimizer.lazy)
         self.identity = {} if checkpoint is None else self.identify(rules)
         self.part = _Part()
         self.average = Average(model, options.average_decay)
@@ -195,11 +198,12 @@ class Run:
 
     def go(self, start_is_candidate: bool) -> Fit:
         """From the start, or from the checkpoint, to the end."""
-        with nullcontext() if self.checkpoint is None else only_one(self.checkpoint):
+        with nullcontext() if self.checkpoint is None or self.engine.rank else only_one(self.checkpoint):
             return self.run(start_is_candidate)
 
     def run(self, start_is_candidate: bool) -> Fit:
-        if self.checkpoint is not None and self.checkpoint.exists():
+        self.engine.check_same(self.identity)
+        if self.checkpoint is not None and self.engine.first_says(self.checkpoint.exists()):
             self.restore(self.checkpoint)
         else:
             torch.manual_seed(self.options.seed)
@@ -276,7 +280,7 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and not self.engine.rank:  # all ranks have the same to save
             self.check()
             write_checkpoint(self.checkpoint, self.tensors(), self.facts())
             self.saved = time.perf_counter()
@@ -287,12 +291,15 @@ class Run:
         check_finite(self.tensors(), self.place, buffers)
 
     def step(self, batch: Batch) -> float:
+        mine, share = self.engine.share(batch)
+        self.engine.begin_step(self.options.seed, self.steps)
         self.optimizer.zero_grad()
-        loss = loss_of(self.stepped(batch.ids, batch.dense, batch.domain), batch)
-        value = loss.item()
+        loss = share * loss_of(self.called(mine.ids, mine.dense, mine.domain), mine)
+        value = self.engine.mean(loss.item())
         if explodes(value, self.usual_loss):
             raise lost_in(self.place, value, self.usual_loss, self.stepped, batch, self.data.schema)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.engine.add_up(self.optimizer.lazy)
         self.optimizer.step(self.lr_factor())
         self.steps += 1
         self.average.update()
@@ -306,9 +313,8 @@ class Run:
 
     def judge(self, model: nn.Module, epoch: float, loss: float) -> None:
         scores = self.scores(model)
-        value = scores[self.monitor]
+        value, self.misses = scores[self.monitor], self.misses + 1
         self.result.history.append({"epoch": epoch, "loss": loss, **scores})
-        self.misses += 1
         if value > self.result.best_value:
             self.misses = 0
             self.result.best_value, self.result.best_epoch = value, epoch
@@ -337,7 +343,7 @@ class Run:
 
     def remember(self, model: nn.Module) -> None:
         """Take what was judged as the best so far."""
-        self.best = _copied(model)
+        self.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def show(self, epoch: int, rows: int, loss: float, rows_per_second: float) -> None:
         if self.on_progress is not None:
@@ -368,10 +374,9 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         result = self.result
+        counts = {"position": self.position, "misses": self.misses, "steps": self.steps}
         return {
-            "position": self.position,
-            "misses": self.misses,
-            "steps": self.steps,
+            **counts,
             "part": asdict(self.part),
             "seconds": result.seconds,
             "best_value": result.best_value,
@@ -393,7 +398,3 @@ class Run:
         self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]
         if not self.ended:
             self.load_parts(parts)
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

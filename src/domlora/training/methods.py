@@ -13,6 +13,7 @@ from domlora.errors import ConfigError, nearest
 from domlora.training.choice import joint_or_base
 from domlora.training.crossfit import crossfit
 from domlora.training.each_domain import adapt_each
+from domlora.training.engine import engine
 from domlora.training.fit import Fit, OnProgress, Rows
 from domlora.training.legacy import fit_legacy
 from domlora.training.mixture import mix
@@ -94,7 +95,8 @@ def train(method: str, job: Job) -> Trained:
     """Train by a method.
 
     Raises:
-        ConfigError: no such method, or it starts from a base and none is given, or the other way round.
+        ConfigError: no such method, one that ranks cannot share, or it starts from a base and none is given, or the other
+            way round.
     """
     from_base, given = method_named(method).from_base, job.base is not None
     if from_base != given:
@@ -103,6 +105,12 @@ def train(method: str, job: Job) -> Trained:
             f"method {method!r} starts from {start}",
             received="a base" if given else "no base",
             next_step=f"Train with: domlora {verb} --method {method}",
+        )
+    if engine().size > 1 and method not in _ON_RANKS:
+        raise ConfigError(
+            f"method {method!r} trains in one process",
+            received=f"{engine().size} ranks",
+            next_step=f"Start it without torchrun, or take one of {', '.join(_ON_RANKS)}",
         )
     return METHODS[method].run(job)
 
@@ -166,6 +174,9 @@ def _mix(job: Job) -> Trained:
         job.start, *mix(job.start, job.data, job.model_options, recipe.adapter, recipe.mixture, **job.watched)
     )
 
+
+_ON_RANKS = (*FIRST_STAGES, *SECOND_STAGES, "auto", "joint_or_base")
+"""What several processes can train together; the other methods have steps of their own."""
 
 _BASE, _JOINT = FIRST_STAGES
 _TWO_STAGE, _BIAS_ONLY = SECOND_STAGES

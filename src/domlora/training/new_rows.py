@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from typing import Protocol
@@ -33,10 +34,13 @@ class NewRows:
         domain: whose rows, by its name in the data.
         schema: what the model knows.
         number: of the domain there.
+        most_valid: validation rows at the most, drawn at random.
     """
 
-    def __init__(self, data: EncodedRows, domain: str, schema: Schema, number: int) -> None:
-        self.number, self._schema = number, schema
+    def __init__(
+        self, data: EncodedRows, domain: str, schema: Schema, number: int, *, most_valid: int | None = None
+    ) -> None:
+        self.number, self._schema, self.most_valid = number, schema, most_valid
         self.own = OneDomain(data, data.encoder.schema.domains.index(domain))
         self.names = [feature.name for feature in schema.slots]
         self.ends = torch.tensor([feature.num_ids for feature in schema.slots])
@@ -46,6 +50,12 @@ class NewRows:
     def schema(self) -> Schema:
         return self._schema
 
+    def seen_by(self, schema: Schema) -> NewRows:
+        """The same rows as a model with another schema sees them."""
+        other = copy.copy(self)
+        other._schema, other.ends, other._read = schema, torch.tensor([f.num_ids for f in schema.slots]), {}
+        return other
+
     def num_rows(self, split: str) -> int:
         return self.read(split).num_rows
 
@@ -53,6 +63,8 @@ class NewRows:
         """All rows of a split. Do not write into its tensors."""
         if split not in self._read:
             rows = self.own.read(split)
+            if split == "valid" and self.most_valid is not None and rows.num_rows > self.most_valid:
+                rows = next(batches_of(rows, self.most_valid, seed=0))
             ids = torch.where(rows.ids < self.ends, rows.ids, OOV_ID)
             self._read[split] = rows._replace(ids=ids, domain=torch.full_like(rows.domain, self.number))
         return self._read[split]
@@ -63,10 +75,12 @@ class NewRows:
         return batches_of(self.read(split), batch_size, seed=seed, epoch=epoch, start=start)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.own.fingerprint()} {self.schema.fingerprint()}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{self.own.fingerprint()} {self.schema.fingerprint()} {self.most_valid}".encode()
+        ).hexdigest()
 
     def unknown(self) -> dict[str, int]:
-        """By feature: ids of the training rows that the bundle does not know."""
+        """By feature: ids of the training rows that a model with this schema does not know."""
         outside = (self.own.read("train").ids >= self.ends).sum(0).tolist()
         return {name: sum(n for n, of in zip(outside, self.names, strict=True) if of == name) for name in self.names}
 

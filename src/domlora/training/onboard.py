@@ -1,4 +1,4 @@
-"""A new domain for a trained model: one row more in every bank, and nothing else moves by a bit.
+"""A new domain for a trained model: one row more in every bank, rows of tables for its new words, and nothing else moves.
 
 The row is found on a frozen base, in a bank of its own: in a shared one, momentum and decay of weights would move the
 neighbours. Simple answers come first, and a less simple one must be better on the validation rows by more than chance:
@@ -13,45 +13,50 @@ mean            the mean of all domains' corrections, and one number; only as a 
 trained_START   trained from there, and drawn back to it the more the fewer the rows
 =============== ==================================================================================================
 
+Words that the model does not know, such as users who came with the domain, get rows in the embedding tables, behind all
+others (``new_words``). They start as the out-of-vocabulary row and learn with a trained adapter; where that is not chosen
+the tables stay as they are.
+
 *Better* is a higher AUC, or an AUC that is not lower and a smaller log loss, each by ``min_gain`` standard errors. Where
 validation rows are of one class, log loss decides alone; without any, nothing is trained and the first answer stands.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from domlora.adapters.attach import attach_
-from domlora.adapters.bank import add_domain_, base_state, is_adapter_parameter, load_rows_, rows_of
+from domlora.adapters.bank import load_rows_, rows_of
 from domlora.adapters.file import base_fingerprint
 from domlora.bundle import Bundle
-from domlora.errors import DataError, SchemaError, UnknownDomainError, nearest
+from domlora.errors import DataError
 from domlora.evaluation.evaluate import Predictions
 from domlora.evaluation.metrics import log_loss, wauc
 from domlora.evaluation.paired import auc_differences
 from domlora.features.encode import Encoder
 from domlora.features.growth import check_grown
-from domlora.features.schema import Schema
-from domlora.models.build import build_model, stored_options
+from domlora.models.growth import pieces_of
 from domlora.training.fit import Fit, FitOptions, OnProgress
 from domlora.training.new_rows import EncodedRows, NewRows
+from domlora.training.new_words import NewWords
+from domlora.training.one_more import check_base, same_base, with_domain, with_row, with_words
 from domlora.training.one_row import Adapters, OneRow, alone
+from domlora.training.optimizers import LAZY_RULES, OptimizerOptions
 from domlora.training.stages import Onboarding, Recipe
 from domlora.training.starts import Row, averaged, calibrated, mixing_weights, say_all, shifts_of, sum_loss
+from domlora.training.update import moved
 from domlora.training.validation import say
 
-__all__ = ["Onboarded", "onboard"]
+__all__ = ["Onboarded", "fit_options", "is_better", "onboard"]
 
 _LEAST_BATCH, _MOST_SCORED = 32, 1 << 20
 
@@ -65,7 +70,7 @@ class Onboarded:
         chosen: the candidate that the domain got.
         candidates: by name, the simple ones first: ``auc`` and ``log_loss`` on the validation rows.
         num_rows: training and validation rows of the domain.
-        unknown: by feature, how many ids of the training rows the model does not know; they are out-of-vocabulary to it.
+        unknown: by feature, how many ids of the training rows the bundle did not know.
         nearest: the domain whose adapter says most about the rows, or "" if no other has one.
         weights: what each domain has in ``mix``, the largest first; what is missing to 1 is the base's.
         fits: by candidate, for the trained ones.
@@ -101,7 +106,7 @@ class Onboarded:
         if self.nearest:
             lines.append(f"  nearest domain: {self.nearest}")
         if unknown := ", ".join(f"{name} {count:,}" for name, count in self.unknown.items() if count):
-            lines.append(f"  ids of training rows that the model does not know: {unknown}")
+            lines.append(f"  ids of training rows that the bundle did not know: {unknown}")
         return "\n".join(lines)
 
 
@@ -120,15 +125,16 @@ def onboard(
     the bundle's own options; a bundle without any gets them by ``recipe.adapter``, untrained for the domains it has.
 
     Args:
-        bundle: is not changed. The base of the returned one is not a copy: both hold the same memory.
+        bundle: is not changed. The base of the returned one is not a copy, both hold the same memory, unless it grew.
         data: rows that were prepared with ``--grow BUNDLE``, or with the bundle's own encoder. Only those of ``domain`` are
-            read, ids that the bundle does not know as out-of-vocabulary.
+            read.
         domain: its name in the data.
         recipe: its ``onboard`` and ``adapter``.
         checkpoint, on_progress: as in :func:`domlora.training.fit.fit`.
 
     Returns:
-        The bundle with one domain more at the end, and what was found. All other domains keep every bit of their logits.
+        The bundle with one domain more at the end, and what was found. All other domains keep every bit of their logits, for
+        all words that the bundle knew; a word that it did not know is scored by its new row there too, if it got one.
 
     Raises:
         SchemaError: the data's encoder did not grow out of the bundle's, or the base has weights of each domain.
@@ -149,76 +155,41 @@ def onboard(
     """
     began = time.perf_counter()
     check_grown(bundle.encoder, data.encoder)
-    encoder, number = _with_domain(bundle.encoder, data.encoder, domain)
+    encoder, number = with_domain(bundle.encoder, data.encoder, domain)
     if number == bundle.encoder.schema.num_domains:
-        _check_base(bundle, encoder.schema)
-    rows = NewRows(data, domain, encoder.schema, number)
+        check_base(bundle, encoder.schema)
+    rows = NewRows(data, domain, encoder.schema, number, most_valid=recipe.onboard.max_valid_rows)
     if not rows.num_rows("train"):
         raise DataError("a new domain needs training rows", received=domain)
+    unknown, seen, larger = rows.unknown(), rows, bundle
+    if recipe.onboard.new_words and any(unknown.values()):
+        larger = with_words(bundle, data)
+        seen = rows.seen_by(replace(larger.encoder.schema, domains=encoder.schema.domains))
     torch.manual_seed(recipe.onboard.fit.seed)
-    model = _grown(bundle, number, recipe)
-    search = _Search(model, number, bundle.adapter is not None, rows, recipe.onboard)
+    model, optimizer = with_row(larger, number, recipe), bundle.optimizer
+    words = None if larger is bundle else NewWords(bundle.model, model)
+    search = _Search(model, number, bundle.adapter is not None, seen, recipe.onboard, words)
     chosen = search.go(checkpoint, on_progress)
-    load_rows_(model, number, search.candidates[chosen])
+    if chosen in search.words_of:
+        encoder = Encoder(seen.schema, larger.encoder.vocabularies)
+        optimizer = moved(optimizer, pieces_of(bundle.model, model), model)
+    elif words is not None:  # none of them has learned anything, so that the base stays as it was
+        larger, model = bundle, with_row(bundle, number, recipe)
+    search.load(model, number, chosen)
     found = Onboarded(
         domain,
         chosen,
         {name: _figures(said) for name, said in search.said.items()},
         {split: rows.num_rows(split) for split in ("train", "valid")},
-        rows.unknown(),
+        unknown,
         search.nearest,
         search.weights,
         search.fits,
         time.perf_counter() - began,
     )
     facts = {**bundle.facts, "onboarded": {**bundle.facts.get("onboarded", {}), domain: found.facts()}}
-    return replace(bundle, model=model, encoder=encoder, facts=facts), found
-
-
-def _with_domain(known: Encoder, data: Encoder, domain: str) -> tuple[Encoder, int]:
-    """The bundle's encoder with the domain, and its number there."""
-    if domain not in data.schema.domains:
-        raise UnknownDomainError(
-            "the data must have the domain", received=domain, next_step=nearest(domain, data.schema.domains)
-        )
-    domains = known.schema.domains
-    if domain in domains:
-        return known, domains.index(domain)
-    return Encoder(replace(known.schema, domains=(*domains, domain)), known.vocabularies), len(domains)
-
-
-def _check_base(bundle: Bundle, schema: Schema) -> None:
-    """Refuse a model that one domain more would give another base; it is built without memory to see that."""
-    options = stored_options(bundle.model_options)
-    with torch.device("meta"):
-        shapes = [
-            {name: tuple(tensor.shape) for name, tensor in base_state(build_model(schema=each, **options)).items()}
-            for each in (bundle.encoder.schema, schema)
-        ]
-    differing = sorted(name for name in shapes[1] if shapes[0].get(name) != shapes[1][name])
-    if differing:
-        raise SchemaError(
-            f"model {options['name']!r} has weights of each domain in its base, so its base cannot take one more",
-            received=differing[:3],
-            next_step="Train it with all domains, or onboard into a model whose base is shared",
-        )
-
-
-def _grown(bundle: Bundle, number: int, recipe: Recipe) -> nn.Module:
-    """The bundle's model with adapters, and a row for the domain."""
-    model = _same_base(bundle.model)
-    num_domains = bundle.encoder.schema.num_domains
-    if bundle.adapter is None:
-        attach_(model, num_domains, **asdict(recipe.adapter))
-    if number == num_domains:
-        add_domain_(model)
-    return model.eval()
-
-
-def _same_base(model: nn.Module) -> nn.Module:
-    """A copy that holds the same memory for the base, but says for itself what requires a gradient."""
-    base = [p for name, p in model.named_parameters() if not is_adapter_parameter(name)]
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in base})
+    larger = replace(larger, model=model, encoder=encoder, facts=facts, optimizer=optimizer)
+    return larger, found
 
 
 class _Search:
@@ -228,11 +199,22 @@ class _Search:
         model: with a row for the domain.
         number: of the domain.
         adapted: whether the rows of other domains have been trained.
+        words: of the tables, rows that learn with the adapter.
     """
 
-    def __init__(self, model: nn.Module, number: int, adapted: bool, rows: NewRows, options: Onboarding) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        number: int,
+        adapted: bool,
+        rows: NewRows,
+        options: Onboarding,
+        words: NewWords | None = None,
+    ) -> None:
+        self.words, self.words_of = words, dict[str, dict[str, Tensor]]()
         self.model, self.number, self.adapted, self.rows, self.options = model, number, adapted, rows, options
-        self.alone = alone(_same_base(model))
+        self.alone = alone(same_base(model))
+        self.adapters = Adapters(self.alone, words)
         num_domains = rows.schema.num_domains
         self.others = [domain for domain in range(num_domains) if domain != number and adapted]
         most = min(options.max_scored_rows, max(_MOST_SCORED // num_domains, 1))
@@ -244,12 +226,12 @@ class _Search:
     def go(self, checkpoint: Path | None, on_progress: OnProgress | None) -> str:
         """Find all candidates; the name of the one that is chosen."""
         self.find_simple()
+        self.said = {name: self.say(name) for name in self.candidates}
         if self.rows.num_rows("valid"):
             base = "" if checkpoint is None else base_fingerprint(self.model)
-            for start, row in self.starts().items():
+            for start, name in self.starts().items():
                 place = None if checkpoint is None else checkpoint / start
-                self.train(f"trained_{start}", row, base=base, checkpoint=place, on_progress=on_progress)
-        self.said = {name: self.say(row) for name, row in self.candidates.items()}
+                self.train(f"trained_{start}", name, base=base, checkpoint=place, on_progress=on_progress)
         return self.choose()
 
     def find_simple(self) -> None:
@@ -288,31 +270,43 @@ class _Search:
         changed = calibrated(self.alone, row, self.sample) if self.options.calibrate else None
         self.candidates[name] = row if changed is None else changed
 
-    def starts(self) -> dict[str, Row]:
-        """Where trainings start, by name: from zero where there are no other domains to start from."""
-        zero = self.candidates.get("calibrated", self.candidates["base"])
+    def starts(self) -> dict[str, str]:
+        """Start to candidate: from zero where there are no other domains to start from."""
+        zero = "calibrated" if "calibrated" in self.candidates else "base"
         names = self.options.starts if self.others else self.options.starts and ("zero",)
-        return {name: zero if name == "zero" else self.candidates[name] for name in names}
+        return {name: zero if name == "zero" else name for name in names}
 
-    def train(self, name: str, row: Row, *, base: str, checkpoint: Path | None, on_progress: OnProgress | None) -> None:
-        load_rows_(self.alone, 0, row)
+    def train(
+        self, name: str, start: str, *, base: str, checkpoint: Path | None, on_progress: OnProgress | None
+    ) -> None:
+        self.load(self.alone, 0, start)
         run = OneRow(
-            Adapters(self.alone),
+            self.adapters,
             self.rows,
-            _fit_options(self.options, self.rows.num_rows("train")),
-            self.options.optimizer,
+            fit_options(self.options, self.rows.num_rows("train")),
+            _rules(self.options),
             self.options.prior_rows / self.rows.num_rows("train"),
             base=base,
             by_loss=not self.rows.has_both_classes,
+            start=self.said[start],
             checkpoint=checkpoint,
             on_progress=on_progress,
         )
         self.fits[name] = run.go(start_is_candidate=True)
         self.candidates[name] = rows_of(self.alone, 0)
+        if self.words is not None and self.fits[name].best_epoch:
+            self.words_of[name] = self.words.of(self.alone)
+        self.said[name] = run.said or self.say(name)
 
-    def say(self, row: Row) -> Predictions | None:
+    def load(self, model: nn.Module, number: int, name: str) -> None:
+        """Write a candidate into a model, and the rows of its words."""
+        load_rows_(model, number, self.candidates[name])
+        if self.words is not None and (model is self.alone or name in self.words_of):
+            self.words.load_(model, self.words_of.get(name, self.words.start))
+
+    def say(self, name: str) -> Predictions | None:
         """What a candidate says about the validation rows, if there are any."""
-        load_rows_(self.alone, 0, row)
+        self.load(self.alone, 0, name)
         return say(self.alone, self.rows) if self.rows.num_rows("valid") else None
 
     def choose(self) -> str:
@@ -320,12 +314,12 @@ class _Search:
         chosen, *others = self.said
         for name in others:
             one, two = self.said[name], self.said[chosen]
-            if one is not None and two is not None and _is_better(one, two, self.options.min_gain):
+            if one is not None and two is not None and is_better(one, two, self.options.min_gain):
                 chosen = name
         return chosen
 
 
-def _fit_options(options: Onboarding, num_rows: int) -> FitOptions:
+def fit_options(options: Onboarding, num_rows: int) -> FitOptions:
     """Smaller batches where rows are few, and no more validations than steps."""
     fit = options.fit
     batch_size = min(fit.batch_size, max(num_rows // options.min_steps, _LEAST_BATCH))
@@ -333,7 +327,14 @@ def _fit_options(options: Onboarding, num_rows: int) -> FitOptions:
     return replace(fit, batch_size=batch_size, evaluations_per_epoch=min(fit.evaluations_per_epoch, steps))
 
 
-def _is_better(one: Predictions, two: Predictions, min_gain: float) -> bool:
+def _rules(options: Onboarding) -> OptimizerOptions:
+    """Rows of tables that no new word reads must stand still, so their rule is a lazy one."""
+    tables = options.optimizer.tables
+    lazy = tables if tables.name in LAZY_RULES else replace(tables, name="lazy_adam")
+    return replace(options.optimizer, tables=lazy)
+
+
+def is_better(one: Predictions, two: Predictions, min_gain: float) -> bool:
     """Whether the first has a higher AUC, or a smaller log loss and no lower AUC, by more than chance."""
     gains = auc_differences(one.label, one.probability, two.probability, np.zeros(len(one.label), dtype=np.int64), 1)
     gain, chance = float(gains.value[0]), min_gain * float(gains.standard_error[0])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from domlora.adapters.attach import attach_, detach_, freeze_, options_of
 from domlora.adapters.bank import distinct_layers
 from domlora.errors import ConfigError
+from domlora.evaluation.evaluate import Predictions
 from domlora.evaluation.metrics import log_loss, macro_auc, wauc
 from domlora.training.fit import FitOptions, OnProgress, Rows, Run
-from domlora.training.optimizers import Optimizer, OptimizerOptions
+from domlora.training.new_words import NewWords
+from domlora.training.optimizers import Optimizer, OptimizerOptions, parameter_groups
 
 __all__ = ["Adapters", "OneRow", "alone"]
 
@@ -40,12 +42,30 @@ class Adapters(nn.Module):
 
     Args:
         model: frozen but for its adapters.
+        words: rows of its tables that learn too; of these tables only they are held.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, words: NewWords | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(distinct_layers(model).values())
+        self.tables = nn.ModuleList([] if words is None else words.release_(model))
+        self.words = words
         self._whole = (model,)  # in a tuple torch does not count it
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Of the adapted layers, and the rows that learn."""
+        state = {name: value for name, value in super().state_dict(*args, **kwargs).items() if name[:6] != "tables"}
+        rows = {} if self.words is None else self.words.of(self._whole[0])
+        return {**state, **{f"words.{name}": value for name, value in rows.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What :meth:`state_dict` gave."""
+        words = {name.removeprefix("words."): value for name, value in state.items() if name.startswith("words.")}
+        if self.words is not None:
+            self.words.load_(self._whole[0], words)
+        return self.layers.load_state_dict(
+            {name.removeprefix("layers."): v for name, v in state.items() if name.startswith("layers.")}, strict, assign
+        )
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
         return cast(Tensor, self._whole[0](ids, dense, domain))
@@ -70,6 +90,10 @@ class OneRow(Run):
     Args:
         base: what else the run depends on; a checkpoint of another is refused.
         by_loss: the log loss of the validation rows decides, because they are of one class.
+        start: what the model says about the validation rows before the first step, if that is known.
+
+    Attributes:
+        said: what the best one says about them; None for a run that had ended before.
 
     **Source**: a Gaussian prior around the start (L2-SP, Li et al. 2018), decoupled as Loshchilov and Hutter 2019.
     """
@@ -84,10 +108,13 @@ class OneRow(Run):
         *,
         base: str = "",
         by_loss: bool = False,
+        start: Predictions | None = None,
         checkpoint: Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self.pull, self.base, self.by_loss = pull, base, by_loss
+        self.pull, self.base, self.by_loss, self.start = pull, base, by_loss, start
+        self.last: Predictions | None = None
+        self.said: Predictions | None = None
         super().__init__(model, data, options, rules, on_progress, checkpoint)
         self.optimizer = _Pulled(model, rules, pull)
 
@@ -99,6 +126,15 @@ class OneRow(Run):
     def monitor(self) -> str:
         return "likelihood" if self.by_loss else self.options.monitor
 
+    def say(self, model: nn.Module) -> Predictions:
+        fresh = not self.result.history and self.start is not None
+        self.last = cast(Predictions, self.start) if fresh else super().say(model)
+        return self.last
+
+    def remember(self, model: nn.Module) -> None:
+        super().remember(model)
+        self.said = self.last
+
     def scores(self, model: nn.Module) -> dict[str, float]:
         label, probability, domain, weight, _ = self.say(model)
         loss = log_loss(label, probability, weight)
@@ -108,12 +144,13 @@ class OneRow(Run):
 
 
 class _Pulled(Optimizer):
-    """An optimizer that draws adapters back to where they were when it was built."""
+    """An optimizer that draws adapters back to where they were when it was built; rows of tables are free."""
 
     def __init__(self, model: nn.Module, options: OptimizerOptions, pull: float) -> None:
         super().__init__(model, options)
         self.strength = options.adapters.lr * pull
-        self.starts = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        moving = parameter_groups(model)["adapters"]
+        self.starts = [(p, p.detach().clone()) for p in moving]
 
     def step(self, lr_factor: float = 1.0) -> None:
         """Move, then draw back."""

@@ -103,6 +103,9 @@ class Optimizer:
         model: its parameters that require a gradient when this is built are the ones that move.
         options: the rules.
 
+    Attributes:
+        lazy: the parameters under a lazy rule.
+
     Raises:
         ConfigError: no parameter moves.
     """
@@ -122,6 +125,8 @@ class Optimizer:
             raise ConfigError("a model needs a parameter that moves", next_step="Call attach_ before freeze_")
         self._parts = {name: _KINDS[name](groups) for name, groups in by_name.items()}
         self._lrs = [group["lr"] for group in self._groups()]
+        lazy = [part for name, part in self._parts.items() if name in LAZY_RULES]
+        self.lazy = [p for part in lazy for group in part.param_groups for p in group["params"]]
         _set_sparse_(model, options)
         _warn_of_many_rows(parameters_of["tables"], options.tables)
 

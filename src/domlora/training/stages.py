@@ -160,7 +160,8 @@ class Onboarding:
 
     Args:
         fit: as in a stage. Where rows are few, batches become smaller, see ``min_steps``.
-        optimizer: its ``adapters`` alone is read. Decay towards zero is not needed: ``prior_rows`` draws to the start.
+        optimizer: its ``adapters`` is read, and ``tables`` for new words, as ``lazy_adam`` if that is not a lazy rule. Decay
+            of adapters is not needed: ``prior_rows`` draws to the start.
         starts: what is trained from, one training each: ``zero`` (the base), ``mean`` of the other domains' adapters,
             ``nearest`` (the domain whose adapter says most about the rows), ``mix`` (the best convex mix of all).
         prior_rows: how many rows the start is worth: each step draws the adapter to it by ``lr * prior_rows / rows``; 0 for
@@ -169,18 +170,23 @@ class Onboarding:
         calibrate: set the mean of a start's logits by one number, learned from the training rows.
         max_scored_rows: training rows that the other domains' adapters are asked about at the most, and fewer where there
             are hundreds of domains.
+        max_valid_rows: validation rows that candidates are scored on at the most, drawn at random.
         min_gain: how many standard errors of the paired difference on the validation rows (DeLong for AUC) a less simple
             adapter must be above a simpler one; 0 takes any gain.
+        new_words: give words that the bundle does not know rows of the embedding tables, and train these rows with the
+            adapter; all other rows keep their bits. Without it a version is one small file more, and they stay unknown.
     """
 
-    fit: FitOptions = field(default_factory=lambda: FitOptions(max_epochs=100, patience=6))
+    fit: FitOptions = field(default_factory=lambda: FitOptions(max_epochs=100, patience=2))
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     starts: tuple[Start, ...] = ("mix",)
     prior_rows: float = 10_000.0
     min_steps: int = 10
     calibrate: bool = True
     max_scored_rows: int = 4096
+    max_valid_rows: int = 65_536
     min_gain: float = 1.0
+    new_words: bool = True
 
     def __post_init__(self) -> None:
         for start in self.starts:
@@ -188,8 +194,10 @@ class Onboarding:
                 raise ConfigError("unknown start of onboard", received=start, next_step=nearest(start, get_args(Start)))
         if not (0 <= self.prior_rows < math.inf and 0 <= self.min_gain < math.inf):
             raise ConfigError("onboard needs prior_rows and min_gain of at least 0", received=self)
-        if min(self.min_steps, self.max_scored_rows) < 1:
-            raise ConfigError("onboard needs min_steps and max_scored_rows of at least 1", received=self)
+        if min(self.min_steps, self.max_scored_rows, self.max_valid_rows) < 1:
+            raise ConfigError(
+                "onboard needs min_steps, max_scored_rows and max_valid_rows of at least 1", received=self
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ __all__ = ["Row", "Said", "averaged", "calibrated", "mixing_weights", "say_all",
 Row = dict[str, Tensor]
 Floats = NDArray[np.float64]
 
-_PASS_ROWS, _STEPS, _CALIBRATIONS = 16384, 300, 8
+_PASS_ROWS, _STEPS, _CALIBRATIONS, _SMALL_SHIFT = 16384, 300, 8, 1e-3
 
 
 class Said(NamedTuple):
@@ -166,6 +166,8 @@ def calibrated(model: nn.Module, row: Row, rows: Batch) -> Row | None:
         rate, slope = _sigmoid(logit), slopes @ direction
         down = weight @ ((rate - label) * slope) + shift
         step = float(np.clip(-down / (weight @ (rate * (1 - rate) * slope**2) + 1.0), -1.0, 1.0))
+        if abs(step) < _SMALL_SHIFT:
+            break
         shift += step
         now = {**now, name: now[name] + torch.from_numpy(step * direction).to(now[name])}
     return found

@@ -25,7 +25,7 @@ from domlora.training.optimizers import OptimizerOptions, parameter_groups
 from domlora.training.replay import WithReplay
 from domlora.training.stages import Recipe, Updating, with_vectors
 
-__all__ = ["REMEMBERED", "gate", "update"]
+__all__ = ["REMEMBERED", "gate", "moved", "update"]
 
 _SCORED = 16384  # rows of a batch that is not trained on
 
@@ -87,7 +87,7 @@ def update(
     if replay is not None and rules.replay_share:
         rows = WithReplay(data, replay, rules.replay_share, rules.fit.batch_size)
     run = _Day(model, rows, rules, on_progress, checkpoint)
-    before = _moved(bundle.optimizer, pieces_of(bundle.model, model), model)
+    before = moved(bundle.optimizer, pieces_of(bundle.model, model), model)
     if rules.optimizer_state == "carry":
         run.optimizer.load_named_state(model, before)
     found = run.go(start_is_candidate=True)
@@ -159,7 +159,7 @@ class _Day(Run):
             self.optimizer.load_state(in_parts(read_checkpoint(folder)[0])["optimizer"])
 
 
-def _moved(state: Mapping[str, Tensor], pieces: Mapping[str, list[Piece]], model: nn.Module) -> dict[str, Tensor]:
+def moved(state: Mapping[str, Tensor], pieces: Mapping[str, list[Piece]], model: nn.Module) -> dict[str, Tensor]:
     """What an optimizer remembers, with the rows of grown tables and banks where they are now; new ones remember nothing."""
     heights = {name: len(p) for name, p in model.named_parameters() if p.dim()}
     banks = {name for name, _ in adapter_parameters(model)}

@@ -7,13 +7,12 @@ import math
 from torch import nn
 
 from domlora.errors import DataError
-from domlora.evaluation.evaluate import Predictions, predict
+from domlora.evaluation.evaluate import Predictions
 from domlora.evaluation.metrics import log_loss, macro_auc, wauc
+from domlora.training.engine import engine
 from domlora.training.rows import Rows
 
 __all__ = ["figures_of", "say", "scores_of"]
-
-_BATCH_SIZE = 16384
 
 
 def scores_of(model: nn.Module, data: Rows) -> dict[str, float]:
@@ -23,7 +22,7 @@ def scores_of(model: nn.Module, data: Rows) -> dict[str, float]:
 
 def say(model: nn.Module, data: Rows) -> Predictions:
     """What a model says about the validation split."""
-    return predict(model, data.batches("valid", _BATCH_SIZE))
+    return engine().say(model, data)
 
 
 def figures_of(said: Predictions) -> dict[str, float]:

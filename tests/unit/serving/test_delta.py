@@ -121,7 +121,7 @@ def test_rows_inserted_removed_and_changed_anywhere(seed):
     for place in sorted(random.integers(0, len(new), seed)):
         new = np.insert(new, place, random.integers(0, 256, (4, 8), dtype=np.uint8), axis=0)
     new[random.integers(0, len(new), 10)] += 1
-    pieces, at, rows = delta._difference(old, new)
+    pieces, at, rows = delta.difference(old, new)
     offsets = [(start * 8, to, size) for start, to, size in pieces]
     tensor = delta._Tensor("t", 0, new.nbytes, 8)
     assert (np.concatenate(list(delta._rebuilt(old.reshape(-1), offsets, tensor, at, rows))) == new).all()
@@ -134,7 +134,7 @@ def test_a_large_table_takes_seconds(tmp_path):
     new = np.insert(old, 100_000, random.integers(0, 256, (50, 64), dtype=np.uint8), axis=0)
     new[random.integers(0, len(new), 4_000)] += 1
     start = time.perf_counter()
-    _, at, rows = delta._difference(old, new)
+    _, at, rows = delta.difference(old, new)
     assert time.perf_counter() - start < 10
     assert rows.nbytes < 0.02 * new.nbytes
     assert len(at) <= 4_050

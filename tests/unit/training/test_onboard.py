@@ -122,7 +122,7 @@ def test_with_many_rows_it_is_trained(bundle: Bundle, everything: Dataset) -> No
 def test_the_bundle_given_stays_as_it_was(bundle: Bundle, everything: Dataset) -> None:
     before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
     gradients = {name: p.requires_grad for name, p in bundle.model.named_parameters()}
-    after, found = onboard(bundle, cut(everything, train=300), "d4", recipe())
+    after, found = onboard(bundle, cut(everything, train=300), "d4", recipe(new_words=False))
     assert all(torch.equal(tensor, before[name]) for name, tensor in bundle.model.state_dict().items())
     assert gradients == {name: p.requires_grad for name, p in bundle.model.named_parameters()}
     assert gradients == {name: p.requires_grad for name, p in after.model.named_parameters()}
@@ -146,7 +146,7 @@ def test_a_version_of_it_is_one_small_file_more(bundle: Bundle, everything: Data
     bundle.save(tmp_path / "bundle")
     opened = Bundle.open(tmp_path / "bundle")
     before = set((tmp_path / "bundle").rglob("*"))
-    after, _ = onboard(opened, cut(everything, train=300), "d4", recipe())
+    after, _ = onboard(opened, cut(everything, train=300), "d4", recipe(new_words=False))
     after.publish(tmp_path / "bundle")
     fresh = {
         path.relative_to(tmp_path / "bundle").as_posix() for path in set((tmp_path / "bundle").rglob("*")) - before
@@ -172,8 +172,11 @@ def test_equal_runs_have_equal_bits(bundle: Bundle, everything: Dataset) -> None
     assert same(one.model, two.model)
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(bundle: Bundle, everything: Dataset, tmp_path: Path) -> None:
-    few, options = cut(everything, train=400), recipe(starts=["zero", "mix"])
+@pytest.mark.parametrize("new_words", [False, True])
+def test_a_killed_run_goes_on_with_the_same_bits(
+    bundle: Bundle, everything: Dataset, tmp_path: Path, new_words: bool
+) -> None:
+    few, options = cut(everything, train=400), recipe(starts=["zero", "mix"], new_words=new_words)
     straight, found = onboard(bundle, few, "d4", options)
     for calls in (3, len(found.fits["trained_zero"].history) + 3):  # in the first training, and in the second
         left = iter(range(calls))
@@ -183,7 +186,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(bundle: Bundle, everything: Dat
     assert same(resumed.model, straight.model)
     assert again.candidates == found.candidates
     tensors = load_file(tmp_path / "mix" / "tensors.safetensors")
-    assert not any("embedding" in name for name in tensors)  # a checkpoint has the size of the adapted layers
+    held = {len(tensor) for name, tensor in tensors.items() if "embedding" in name}
+    assert held == ({1} if new_words else set())  # of the tables' weights no more than the rows that learn
 
 
 def test_a_checkpoint_of_another_base_is_refused(bundle: Bundle, everything: Dataset, tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_without_training_rows(bundle: Bundle, everything: Dataset) -> None:
 def test_ids_that_the_bundle_does_not_know(bundle: Bundle, everything: Dataset) -> None:
     _, found = onboard(bundle, everything, "d4", recipe(starts=[]))
     assert found.unknown == {"domain": found.num_rows["train"]}  # the domain is itself a feature
-    assert f"does not know: domain {found.num_rows['train']:,}" in str(found)
+    assert f"did not know: domain {found.num_rows['train']:,}" in str(found)
     rows = NewRows(everything, "d4", bundle.encoder.schema, 4)
     assert rows.read("train").ids.unique().tolist() == [OOV_ID]
     assert (everything.read("train").ids > OOV_ID).all()  # the data's own rows are not written into
@@ -294,7 +298,14 @@ def test_other_data_are_refused(bundle: Bundle, everything: Dataset) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"starts": ("best",)}, {"prior_rows": -1.0}, {"min_gain": math.inf}, {"min_steps": 0}, {"max_scored_rows": 0}],
+    [
+        {"starts": ("best",)},
+        {"prior_rows": -1.0},
+        {"min_gain": math.inf},
+        {"min_steps": 0},
+        {"max_scored_rows": 0},
+        {"max_valid_rows": 0},
+    ],
 )
 def test_options_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -308,3 +319,13 @@ def test_it_says_what_it_did(bundle: Bundle, everything: Dataset) -> None:
     assert text.startswith(f"d4: {found.chosen}, from 100 train and ")
     assert "nearest domain: d1" in text
     assert all(name in text for name in found.candidates)
+
+
+def test_candidates_are_scored_on_no_more_rows_than_wanted(bundle: Bundle, everything: Dataset) -> None:
+    few, found = onboard(bundle, everything, "d4", recipe(max_valid_rows=50))
+    assert found.num_rows["valid"] == 50
+    rows = NewRows(everything, "d4", few.encoder.schema, 4, most_valid=50)
+    said = predict(few.model, rows.batches("valid", 4096))
+    assert len(said.label) == 50
+    assert found.candidates[found.chosen]["auc"] == wauc(said.label, said.probability, said.domain)
+    assert NewRows(everything, "d4", few.encoder.schema, 4).fingerprint() != rows.fingerprint()

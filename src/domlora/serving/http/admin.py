@@ -122,6 +122,15 @@ def _handler(request: Request) -> Callable[[Service, Request], Answer]:
     return found[method]
 
 
+def _check_own(service: Service) -> None:
+    """A copy must not be changed: other replicas would not have the change, and this one would lose it."""
+    if service.settings.store_url is not None:
+        raise ConfigError(
+            "this server has a copy of a shared store, which is changed by publishing to it",
+            next_step="Run domlora store publish STORE URL where the store is",
+        )
+
+
 def _list(service: Service, _: Request) -> Answer:
     """All domains, and what was taken away."""
     state, known = service.live.store.state(), service.live.known()
@@ -142,6 +151,7 @@ def _put(service: Service, request: Request) -> Answer:
 
 
 def _delete(service: Service, request: Request) -> Answer:
+    _check_own(service)
     domain = _domain(request)
     service.live.store.drop_adapter(domain)
     _refresh(service)
@@ -154,6 +164,7 @@ def _versions(service: Service, _: Request) -> Answer:
 
 
 def _set_live(service: Service, request: Request) -> Answer:
+    _check_own(service)
     version = json_object(request.body, msgspec.json.Decoder(_Bundle), lambda _: 1).version
     service.live.store.set_live(version)
     _refresh(service)
@@ -185,6 +196,7 @@ def _load(service: Service, request: Request) -> Answer:
     if domain is None:
         _refresh(service)
     elif not files:
+        _check_own(service)
         service.live.store.load(domain)
         _refresh(service)
     else:
@@ -199,12 +211,14 @@ def _unload(service: Service, request: Request) -> Answer:
     domain = _domain_of_model(service, request)
     if domain is None:
         raise ConfigError("the model itself must stay loaded", next_step="Unload a domain: MODEL.DOMAIN")
+    _check_own(service)
     service.live.store.unload(domain)
     _refresh(service)
     return json_answer({})
 
 
 def _pushed(service: Service, domain: str, content: bytes, version: str | None, pinned: bool) -> dict[str, Any]:
+    _check_own(service)
     settings, store = service.settings, service.live.store
     if pinned:
         others = sum(each.pinned for name, each in store.state().adapters.items() if name != domain)

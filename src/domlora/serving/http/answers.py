@@ -12,6 +12,7 @@ import msgspec
 
 from domlora.errors import BundleError, DataError, DomloraError, UnknownDomainError
 from domlora.serving.http.limits import BusyError, TooLargeError, TooSlowError
+from domlora.serving.rows.layout import RowsMissingError
 
 if TYPE_CHECKING:
     from domlora.serving.http.service import Service
@@ -52,6 +53,7 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (TooSlowError, 408, "too_slow"),
     (BusyError, 503, "busy"),
     (UnavailableError, 503, "unavailable"),
+    (RowsMissingError, 503, "rows_missing"),
     (NotFoundError, 404, "not_found"),
     (UnknownDomainError, 404, "unknown_domain"),
     (BundleError, 400, "bundle"),

@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
+
+if TYPE_CHECKING:
+    from domlora.serving.rows.store import Counts
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -67,11 +70,30 @@ class Metrics:
         self._predicted = self._counter("predicted_sum", "Sum of the probabilities of rows with feedback", "domain")
         self._observed = self._counter("observed_sum", "Sum of what happened in rows with feedback", "domain")
         self._matched = self._counter("observed_rows", "Rows with feedback", "domain")
+        self._lookups = self._counter("row_lookups", "Rows of remote tables, by where they came from", "result")
+        self._row_seconds = Histogram(
+            "domlora_row_fetch_seconds", "Of one answer of the row store", buckets=_BUCKETS, registry=self._registry
+        )
+        self._row_failures = self._counter("row_store_failures", "Times that the row store did not answer")
+        self._degraded = self._counter("degraded_rows", "Rows scored with a fallback for one that could not be had")
         self._swaps = self._counter("swaps", "Other versions or adapters taken into service")
         self._loads = self._counter("adapter_loads", "Adapters read into memory", "result")
         self._starts = self._counter("worker_starts", "Workers started; more than there are: some were started anew")
         self._version = Gauge(
             "domlora_bundle_version", "Version in service", registry=self._registry, multiprocess_mode="mostrecent"
+        )
+        self._looks = self._counter("shared_looks", "Looks at the shared store", "result")
+        self._generation = Gauge(
+            "domlora_shared_generation",
+            "Generation of the shared store in service",
+            registry=self._registry,
+            multiprocess_mode="mostrecent",
+        )
+        self._seen_at = Gauge(
+            "domlora_shared_seen_timestamp_seconds",
+            "When the shared store was last reached; time() less this is how old the copy may be",
+            registry=self._registry,
+            multiprocess_mode="mostrecent",
         )
         self._series: dict[Any, tuple[Any, ...]] = {}
 
@@ -120,6 +142,15 @@ class Metrics:
         self._observed.labels(name).inc(observed_total)
         self._matched.labels(name).inc(n)
 
+    def looked_up(self, counts: Counts) -> None:
+        """Rows of tables that lie elsewhere."""
+        for result in ("hits", "fetched", "missing"):
+            self._lookups.labels(result).inc(getattr(counts, result))
+        for seconds in counts.seconds:
+            self._row_seconds.observe(seconds)
+        self._row_failures.inc(counts.failures)
+        self._degraded.inc(counts.degraded)
+
     def rejected(self, reason: str) -> None:
         """A request that the application refused, by a reason from a fixed set; :meth:`answered` counts its answer."""
         self._rejected.labels(reason).inc()
@@ -144,6 +175,13 @@ class Metrics:
     def serves(self, version: str) -> None:
         """The version in service; one that is not a number shows as 0."""
         self._version.set(int(version) if version.isdigit() else 0)
+
+    def looked(self, generation: int, newest: bool) -> None:
+        """A look at the shared store: the generation in service, and whether it is known to be the newest one."""
+        self._looks.labels("ok" if newest else "failed").inc()
+        self._generation.set(generation)
+        if newest:
+            self._seen_at.set_to_current_time()
 
     def expose(self) -> bytes:
         """All workers' counters in the text format."""

@@ -205,6 +205,8 @@ def _answer(scores: Scores, request_id: str, base: NDArray[np.float32] | None) -
         "adapters": scores.adapters,
         "arms": scores.arms,
     }
+    if scores.degraded:
+        told["degraded"] = scores.degraded
     if base is not None:
         told["explain"] = {
             "logit": scores.logit.tolist(),

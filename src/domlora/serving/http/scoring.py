@@ -66,6 +66,7 @@ class Scores(NamedTuple):
         arms: experiment to arm.
         domain: of all rows; None for several or none.
         headers: that say the same.
+        degraded: rows scored with a fallback for one that could not be had.
     """
 
     logit: NDArray[np.float32]
@@ -75,6 +76,7 @@ class Scores(NamedTuple):
     arms: Mapping[str, str]
     headers: tuple[Header, ...]
     domain: str | None = None
+    degraded: int = 0
 
 
 def score(service: Service, asked: Asked, logits_of: LogitsOf) -> Scores:
@@ -90,9 +92,13 @@ def score(service: Service, asked: Asked, logits_of: LogitsOf) -> Scores:
         DataError: rows that cannot be scored.
         UnavailableError: what should answer cannot be read.
     """
+    if service.rows is not None:
+        service.rows.take_degraded()  # those of a request that failed
     if asked.domain is None or isinstance(asked.domain, str):
-        return _of_one(service, asked, asked.domain, logits_of)
-    return _of_many(service, asked, asked.domain, logits_of)
+        scores = _of_one(service, asked, asked.domain, logits_of)
+    else:
+        scores = _of_many(service, asked, asked.domain, logits_of)
+    return scores if service.rows is None else _degraded(scores, service.rows.take_degraded())
 
 
 def probability_of(logit: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -194,6 +200,13 @@ def _tell(
             items = None if asked.items is None else [asked.items[row] for row in rows.tolist()]
             said = (domain, route.assignments, snapshot.version, adapter, own, items, rows.astype(np.int32))
             service.log.exposed(asked.request_id, now, asked.unit, *said)
+
+
+def _degraded(scores: Scores, num_rows: int) -> Scores:
+    if not num_rows:
+        return scores
+    told = min(num_rows, len(scores.logit))  # who asks to explain has each row scored twice
+    return scores._replace(degraded=told, headers=(*scores.headers, (b"x-domlora-degraded", b"%d" % told)))
 
 
 def _number(snapshot: Snapshot, route: Route) -> int:

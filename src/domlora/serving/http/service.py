@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from domlora.serving.http.metrics import Metrics
     from domlora.serving.http.worker import Served
     from domlora.serving.live import Live
+    from domlora.serving.rows.store import RowStore
+    from domlora.serving.source import Opened
 
 __all__ = ["Header", "Route", "Service", "make"]
 
@@ -66,6 +68,7 @@ class Service:
         metrics: that are counted.
         registry: of experiments; None where there are none.
         log: of exposures and feedback.
+        rows: of tables that versions do not hold; None where they hold all.
     """
 
     live: Live
@@ -73,6 +76,7 @@ class Service:
     metrics: Metrics
     registry: Registry | None = None
     log: EventLog | None = None
+    rows: RowStore | None = None
     _held: frozenset[int] = field(init=False, default=frozenset())
     _assigner: Assigner | None = field(init=False, default=None)
     _served: Snapshot | None = field(init=False, default=None)
@@ -211,6 +215,8 @@ class Service:
         for domain, parts in scored.items():
             whole = np.concatenate(parts)
             self.metrics.scored(domain, float(whole.sum(dtype=np.float64)), len(whole))
+        if self.rows is not None:
+            self.metrics.looked_up(self.rows.take_counts())
 
     def headers(self, bundle: str, adapter: str | None, domain: str | None) -> tuple[Header, ...]:
         """What an answer's headers say of the model; no adapter and no domain where rows have several."""
@@ -265,6 +271,33 @@ def _headers(bundle: str, adapter: str | None, domain: str | None) -> tuple[Head
     return tuple((f"x-domlora-{what}".encode(), quote(value).encode()) for what, value in said.items() if value)
 
 
+def _row_store(settings: Settings) -> RowStore | None:
+    if settings.rows is None:
+        return None
+    from domlora.serving.rows.store import RowStore
+
+    return RowStore(
+        settings.rows,
+        timeout_s=settings.rows_timeout_s,
+        cache_bytes=settings.rows_cache_bytes,
+        missing=settings.rows_missing,
+    )
+
+
+def _mirrored(settings: Settings, metrics: Metrics) -> Opened:
+    """The copy of a shared store."""
+    from domlora.serving.shared.mirror import Mirror
+    from domlora.serving.shared.place import Place
+    from domlora.serving.source import Opened
+    from domlora.serving.store import Store
+
+    place = Place(str(settings.store_url))
+    store = Store.create(settings.bundle.absolute())
+    mirror = Mirror(place, store, settings.look_s, metrics.looked)
+    mirror.first()
+    return Opened(store, mirror)
+
+
 def make(settings: Settings, metrics: Metrics) -> Served:
     """What a worker runs: the application of what the settings say is served.
 
@@ -279,8 +312,9 @@ def make(settings: Settings, metrics: Metrics) -> Served:
     from domlora.serving.live import Live
     from domlora.serving.source import open_store
 
-    store, follower = open_store(settings.bundle)
-    live = Live.open(store, name=settings.model_name, max_adapters=settings.max_adapters, follower=follower)
+    store, follower = _mirrored(settings, metrics) if settings.store_url else open_store(settings.bundle)
+    rows = _row_store(settings)
+    live = Live.open(store, name=settings.model_name, max_adapters=settings.max_adapters, follower=follower, rows=rows)
     registry = Registry.open(store.folder / "experiments")
-    service = Service(live, settings, metrics, registry, open_log(store.folder / "log", settings, metrics))
+    service = Service(live, settings, metrics, registry, open_log(store.folder / "log", settings, metrics), rows)
     return Served(make_app(service), service.refresh, service.close)

@@ -1,0 +1,1 @@
+"""One training on many processes: the only room that talks to torch.distributed."""

@@ -1,0 +1,1 @@
+"""Many domains adapted at once on a frozen base, each by itself on one worker."""
