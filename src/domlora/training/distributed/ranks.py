@@ -88,7 +88,9 @@ class Ranks(Engine):
         torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + self.rank & (1 << 63) - 1)
 
     def add_up(self, apart: Sequence[nn.Parameter]) -> None:
-        """Sparse gradients become those of all ranks' rows, one behind the other; dense ones are summed."""
+        """Sparse gradients become those of all ranks' rows, one behind the other; dense ones are averaged."""
+        if not apart:
+            return
         rows_of = Summing()
         parts = [self._rows(p, rows_of) for p in apart]
         counts = self._gather(torch.tensor([_DENSE if ids is None else len(ids) for ids, _ in parts]))  # (W, P)
