@@ -4,9 +4,8 @@
 
 For each held-out domain a base and its adapters are trained jointly on the other domains (DeepFM, options of the dataset's
 own study, temperature 4); words that only the held-out domain has are unknown to it. Then the domain is onboarded with some
-of its rows, clicks in proportion, and compared on all of its test rows with training from scratch on the same rows, with
-finetuning a copy of the base, and with joint training of everything anew. Results are one line each in
-``onboarding.jsonl``; what is there already is not run again.
+of its rows, clicks in proportion, and compared on all of its test rows with finetuning a copy of the base, and with joint
+training of everything anew. Results are one line each in ``onboarding.jsonl``; what is there already is not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from domlora.evaluation.metrics import log_loss, wauc
 from domlora.features.batch import Batch
 from domlora.features.encode import Encoder
 from domlora.features.schema import FIRST_ID, OOV_ID, Feature, Schema
-from domlora.models.build import build_model
 from domlora.models.growth import grown
 from domlora.studies.reporting.statistics import paired
 from domlora.studies.study import Study
@@ -58,9 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what an arm changes of the recipe's `
     "onboard, untrained": {"starts": (), "new_words": False},
     "onboard, tables still": {"new_words": False},
     "onboard": {},
-    "onboard, best of four starts": {"starts": ("zero", "mean", "nearest", "mix"), "fit.patience": 6},
 }
-ARMS = ("base alone", *SETTINGS, "from scratch", "finetune a copy", "joint again")
+ARMS = ("base alone", *SETTINGS, "finetune a copy", "joint again")
 
 
 class Key(NamedTuple):
@@ -162,19 +159,17 @@ def run(arm: str, case: Case) -> dict[str, Any]:
 
 
 def _how(arm: str) -> Callable[[Case], Outcome]:
-    others = {"base alone": _base, "from scratch": _scratch, "finetune a copy": _finetune, "joint again": _joint}
+    others = {"base alone": _base, "finetune a copy": _finetune, "joint again": _joint}
     return others.get(arm) or (lambda case: _onboard(case, SETTINGS[arm]))
 
 
 def _base(case: Case) -> Outcome:
-    return Outcome(_copy_of_base(case), case.rows, 0)
+    return Outcome(detach_(copy.deepcopy(case.bundle.model)), case.rows, 0)
 
 
 def _onboard(case: Case, settings: dict[str, Any]) -> Outcome:
-    wanted = replace(case.recipe.onboard, **{k: v for k, v in settings.items() if "." not in k})
-    if "fit.patience" in settings:
-        wanted = replace(wanted, fit=replace(wanted.fit, patience=settings["fit.patience"]))
-    bundle, found = onboard(case.bundle, case.data, case.domain, replace(case.recipe, onboard=wanted))
+    recipe = replace(case.recipe, onboard=replace(case.recipe.onboard, **settings))
+    bundle, found = onboard(case.bundle, case.data, case.domain, recipe)
     adapter = sum(p[0].numel() for name, p in bundle.model.named_parameters() if "lora_" in name)
     trained = 0 if found.fit is None else adapter
     return Outcome(bundle.model, case.seen_by(bundle.encoder), trained + _moved(case.bundle, bundle), found.chosen)
@@ -188,33 +183,19 @@ def _moved(before: Bundle, after: Bundle) -> int:
     return sum(int((one[name] != two[name]).sum()) for name in one)
 
 
-def _scratch(case: Case) -> Outcome:
-    rows, stage = case.rows, case.recipe.pretrain
-    torch.manual_seed(stage.fit.seed)
-    model = build_model(schema=rows.schema, **case.options)
-    return _trained(model, rows, stage, start_is_candidate=False)
-
-
 def _finetune(case: Case) -> Outcome:
-    return _trained(_copy_of_base(case), case.rows, case.recipe.finetune, start_is_candidate=True)
+    """Batches as ``onboard`` makes them: smaller where rows are few."""
+    model, rows, stage = detach_(copy.deepcopy(case.bundle.model)), case.rows, case.recipe.finetune
+    batch_size = min(stage.fit.batch_size, max(rows.num_rows("train") // 10, 32))
+    options = replace(stage.fit, batch_size=batch_size, max_epochs=100, evaluations_per_epoch=1)
+    fit(model, rows, options, stage.optimizer, start_is_candidate=True)
+    return Outcome(model, rows, _size(model))
 
 
 def _joint(case: Case) -> Outcome:
     model, _ = pretrain(case.data, case.options, case.recipe, method="joint")
     number = case.data.schema.domains.index(case.domain)
     return Outcome(model, NewRows(case.data, case.domain, case.data.schema, number), _size(model))
-
-
-def _trained(model: nn.Module, rows: NewRows, stage: Stage, *, start_is_candidate: bool) -> Outcome:
-    """Batches as ``onboard`` makes them: smaller where rows are few."""
-    batch_size = min(stage.fit.batch_size, max(rows.num_rows("train") // 10, 32))
-    options = replace(stage.fit, batch_size=batch_size, max_epochs=100, evaluations_per_epoch=1)
-    fit(model, rows, options, stage.optimizer, start_is_candidate=start_is_candidate)
-    return Outcome(model, rows, _size(model))
-
-
-def _copy_of_base(case: Case) -> nn.Module:
-    return detach_(copy.deepcopy(case.bundle.model))
 
 
 def _size(model: nn.Module) -> int:
