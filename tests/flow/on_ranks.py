@@ -70,10 +70,10 @@ def train_all(out: Path, data: Dataset, rank: int) -> None:
 
 
 def train_until(out: Path, data: Dataset, rank: int, last: int) -> None:
-    """A run of four epochs with a checkpoint, which ends itself when epoch ``last`` begins."""
+    """A run of four epochs with a checkpoint, which all ranks end when epoch ``last`` was validated."""
 
     def stop(progress: Progress) -> None:
-        if progress.epoch == last:
+        if progress.epoch == last and progress.rows == progress.total_rows:
             raise SystemExit
 
     torch.manual_seed(1)
