@@ -15,8 +15,8 @@ from domlora.data.dataset import Dataset
 from domlora.features.batch import Batch
 from domlora.features.schema import Feature, Schema
 from domlora.models.build import build_model
-from domlora.training import engine
-from domlora.training.distributed import ranks
+from domlora.training.distributed.ranks import joined
+from domlora.training.engine import Engine
 from domlora.training.fit import Fit, FitOptions, Progress, fit
 from domlora.training.optimizers import OptimizerOptions, Rule
 
@@ -93,9 +93,9 @@ def write(path: Path, model: nn.Module, found: Fit, rank: int) -> None:
 def main(out: Path, last: int | None) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    ranks._VALIDATION_ROWS = engine._VALIDATION_ROWS = 500  # so that few rows are scored by all
+    Engine.validation_rows = 500  # so that few rows are scored by all
     data = rows(6005)  # the last batch has three rows
-    with ranks.joined() as here:
+    with joined() as here:
         if last is None:
             train_all(out, data, here.rank)
         else:

@@ -12,8 +12,6 @@ from domlora.training.rows import Rows
 
 __all__ = ["Engine", "engine", "set_engine"]
 
-_VALIDATION_ROWS = 16384
-
 
 class Engine:
     """One process by itself. :class:`domlora.training.distributed.ranks.Ranks` is the other kind.
@@ -21,10 +19,12 @@ class Engine:
     Attributes:
         rank: which of the processes this is; the first writes and tells.
         size: how many there are.
+        validation_rows: rows that are scored at once.
     """
 
     rank = 0
     size = 1
+    validation_rows = 16384
 
     def called(self, model: nn.Module, apart: Sequence[nn.Parameter]) -> nn.Module:  # noqa: ARG002
         """What is called in a step instead of the model; :meth:`add_up` sees to the gradients of ``apart``."""
@@ -57,7 +57,7 @@ class Engine:
 
     def say(self, model: nn.Module, data: Rows) -> Predictions:
         """What a model says about the validation split, rows in the order of the data."""
-        return predict(model, data.batches("valid", _VALIDATION_ROWS))
+        return predict(model, data.batches("valid", self.validation_rows))
 
 
 _engine = Engine()

@@ -36,7 +36,7 @@ from domlora.training.device import brought, random_state, set_random_state
 from domlora.training.engine import engine
 from domlora.training.guard import Place, check_finite, explodes, lost_in
 from domlora.training.optimizers import Optimizer, OptimizerOptions
-from domlora.training.progress import Fit, OnProgress, Progress, Watcher
+from domlora.training.progress import Fit, OnProgress, Part, Progress, Watcher
 from domlora.training.rows import Rows
 from domlora.training.validation import figures_of, say
 
@@ -125,22 +125,6 @@ def fit(
     return Run(model, data, options, optimizer, on_progress, checkpoint, checkpoint_every_s).go(start_is_candidate)
 
 
-@dataclass(slots=True)
-class _Part:
-    """What was done since the last validation; ``loss`` is a sum over rows."""
-
-    steps: int = 0
-    rows: int = 0
-    loss: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, rows: int, loss: float, seconds: float) -> None:
-        self.steps += 1
-        self.rows += rows
-        self.loss += loss * rows
-        self.seconds += seconds
-
-
 class Run:
     """State of one fit; ``position`` counts validations, ``part`` is what came after the last.
 
@@ -167,7 +151,7 @@ class Run:
         self.optimizer = Optimizer(self.stepped, rules)
         self.called = self.engine.called(self.stepped, self.optimizer.lazy)
         self.identity = {} if checkpoint is None else self.identify(rules)
-        self.part = _Part()
+        self.part = Part()
         self.average = Average(model, options.average_decay)
         self.result = Fit()
         self.best: dict[str, Tensor] = {}
@@ -242,7 +226,7 @@ class Run:
             self.report(epoch, first * options.batch_size)
             began = time.perf_counter()
         self.check()
-        done, self.part = self.part, _Part()
+        done, self.part = self.part, Part()
         self.result.seconds += done.seconds
         self.result.rows_per_second = done.rows / done.seconds
         return done.loss / done.rows
@@ -313,8 +297,9 @@ class Run:
 
     def judge(self, model: nn.Module, epoch: float, loss: float) -> None:
         scores = self.scores(model)
-        value, self.misses = scores[self.monitor], self.misses + 1
+        value = scores[self.monitor]
         self.result.history.append({"epoch": epoch, "loss": loss, **scores})
+        self.misses += 1
         if value > self.result.best_value:
             self.misses = 0
             self.result.best_value, self.result.best_epoch = value, epoch
@@ -374,9 +359,10 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         result = self.result
-        counts = {"position": self.position, "misses": self.misses, "steps": self.steps}
         return {
-            **counts,
+            "position": self.position,
+            "misses": self.misses,
+            "steps": self.steps,
             "part": asdict(self.part),
             "seconds": result.seconds,
             "best_value": result.best_value,
@@ -392,7 +378,7 @@ class Run:
         parts = in_parts(tensors)
         self.best = parts["best"]
         self.position, self.misses, self.steps = facts["position"], facts["misses"], facts["steps"]
-        self.part = _Part(**facts.get("part", {}))  # checkpoints were once written after validations alone
+        self.part = Part(**facts.get("part", {}))  # checkpoints were once written after validations alone
         self.result.history = facts["history"]
         self.result.seconds, self.result.rows_per_second = facts["seconds"], facts["rows_per_second"]
         self.result.best_value, self.result.best_epoch = facts["best_value"], facts["best_epoch"]

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from domlora.evaluation.evaluate import Predictions
 
-__all__ = ["Fit", "OnProgress", "Progress", "Watcher"]
+__all__ = ["Fit", "OnProgress", "Part", "Progress", "Watcher"]
 
 
 class Progress(NamedTuple):
@@ -24,6 +24,22 @@ class Progress(NamedTuple):
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@dataclass(slots=True)
+class Part:
+    """What was done since the last validation; ``loss`` is a sum over rows."""
+
+    steps: int = 0
+    rows: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, rows: int, loss: float, seconds: float) -> None:
+        self.steps += 1
+        self.rows += rows
+        self.loss += loss * rows
+        self.seconds += seconds
 
 
 @runtime_checkable

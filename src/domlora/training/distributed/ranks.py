@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ __all__ = ["Ranks", "joined"]
 
 _LEAST_ROWS = 2
 """Of a rank; smaller batches go to all of them whole. One row has no batch mates to be normalised with."""
-_DENSE, _VALIDATION_ROWS = -1, 16384
+_DENSE = -1
 
 
 class Ranks(Engine):
@@ -46,6 +47,7 @@ class Ranks(Engine):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.split = False
         self.where = torch.device("cpu")
+        self.wrapped = WeakSet[DistributedDataParallel]()
 
     def called(self, model: nn.Module, apart: Sequence[nn.Parameter]) -> nn.Module:
         """The model in DistributedDataParallel, with the first rank's weights on all.
@@ -70,9 +72,20 @@ class Ranks(Engine):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.13 on
             # a rank may have no row of a domain, and then none of its adapter's or tower's gradients
-            return DistributedDataParallel(
+            wrapped = DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
             )
+        self.wrapped.add(wrapped)
+        return wrapped
+
+    def let_go(self) -> None:
+        """Let the wrapped models forget the process group, before it is ended.
+
+        Whichever reducer lived longer would end the group itself, with the interpreter's lock in its hands and waiting for
+        a thread that may want that lock: a process that never ends.
+        """
+        for wrapped in self.wrapped:
+            del wrapped.logger, wrapped.reducer
 
     def share(self, batch: Batch) -> tuple[Batch, float]:
         """An even stretch of the rows, and ``size * rows / all rows``: the mean over ranks is that of the batch."""
@@ -129,10 +142,10 @@ class Ranks(Engine):
 
     def say(self, model: nn.Module, data: Rows) -> Predictions:
         """Each rank scores a stretch of every batch; then all have what all said."""
-        if data.num_rows("valid") < _VALIDATION_ROWS:
+        if data.num_rows("valid") < self.validation_rows:
             return super().say(model, data)
         places: list[Tensor] = []
-        mine = predict(model, self._stretches(data.batches("valid", _VALIDATION_ROWS), places))
+        mine = predict(model, self._stretches(data.batches("valid", self.validation_rows), places))
         order = torch.cat(self._gather_uneven(torch.cat(places).to(self.where))).argsort().cpu()
         whole = {k: self._whole(column, order) for k, column in mine._asdict().items() if column is not None}
         return Predictions(**whole)
@@ -175,16 +188,11 @@ class Ranks(Engine):
         widths = torch.tensor([p[0].numel() for p in parameters])
         ids = self._padded_gather(torch.cat([cast(Tensor, part[0]) for part in parts]), counts.sum(1))
         values = self._padded_gather(torch.cat([part[1].flatten() for part in parts]), (counts * widths).sum(1))
+        ids_of = [torch.split(mine, sizes) for mine, sizes in zip(ids, counts.tolist(), strict=True)]
+        values_of = [torch.split(mine, sizes) for mine, sizes in zip(values, (counts * widths).tolist(), strict=True)]
         for place, parameter in enumerate(parameters):
-            found_ids, found = [], []
-            for rank in range(self.size):
-                of_rank = counts[rank].tolist()
-                first, count, width = sum(of_rank[:place]), of_rank[place], int(widths[place])
-                start = int((counts[rank, :place] * widths[:place]).sum())
-                found_ids.append(ids[rank][first : first + count])
-                found.append(values[rank][start : start + count * width])
-            rows = torch.cat(found).view(-1, *parameter.shape[1:]).div_(self.size)
-            index = torch.cat(found_ids).unsqueeze(0)
+            index = torch.cat([mine[place] for mine in ids_of]).unsqueeze(0)
+            rows = torch.cat([mine[place] for mine in values_of]).view(-1, *parameter.shape[1:]).div_(self.size)
             parameter.grad = torch.sparse_coo_tensor(index, rows, parameter.shape, check_invariants=False)
 
     def _gather(self, mine: Tensor) -> Tensor:
@@ -254,6 +262,7 @@ def joined(*, timeout_s: float = 1800.0) -> Iterator[Engine]:
     finally:
         set_engine(None)
         set_whole_sum(None)
+        ranks.let_go()
         if not begun:
             dist.destroy_process_group()
 
