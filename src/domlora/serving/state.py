@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from urllib.parse import quote
 
 from domlora.errors import BundleError, DataError
+from domlora.serving.sealed import opened, sealed
 
 __all__ = ["STATE", "Adapter", "State", "check_domain", "check_label", "file_of"]
 
@@ -73,8 +73,7 @@ class State:
         >>> State.from_json(State(live=3).to_json().encode()).live
         3
         """
-        raw = {**asdict(self), "removed": sorted(self.removed), "format": _FORMAT}
-        return json.dumps({**raw, "sha256": _digest(raw)}, indent=1, sort_keys=True)
+        return sealed({**asdict(self), "removed": sorted(self.removed)}, _FORMAT)
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
@@ -84,11 +83,7 @@ class State:
             BundleError: damaged, or of another format.
         """
         try:
-            raw: dict[str, Any] = json.loads(content)
-            if raw.pop("sha256") != _digest(raw):
-                raise ValueError("it has another sha256 than it says")
-            if raw.pop("format") != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")
+            raw = opened(content, _FORMAT)
             adapters = {name: Adapter(**each) for name, each in raw.pop("adapters").items()}
             if not all(_FILE.fullmatch(each.file) for each in adapters.values()):
                 raise ValueError("it names files that no store has")
@@ -146,7 +141,3 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _digest(raw: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True, allow_nan=False).encode()).hexdigest()

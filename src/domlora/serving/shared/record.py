@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 from domlora.abtest.experiments import Experiment
 from domlora.errors import BundleError, DomloraError
+from domlora.serving.sealed import opened, sealed
 from domlora.serving.state import State
 
 __all__ = ["Record", "Version"]
@@ -63,13 +62,12 @@ class Record:
             for number, each in self.versions.items()
         }
         raw = {
-            "format": _FORMAT,
             "generation": self.generation,
             "state": self.state.to_json(),
             "versions": versions,
             "experiments": dict(self.experiments),
         }
-        return json.dumps({**raw, "sha256": _digest(raw)}, indent=1, sort_keys=True).encode()
+        return sealed(raw, _FORMAT).encode()
 
     @classmethod
     def from_json(cls, content: bytes, name: str = "a record") -> Self:
@@ -83,11 +81,7 @@ class Record:
             BundleError: damaged, or of another format.
         """
         try:
-            raw: dict[str, Any] = json.loads(content)
-            if raw.pop("sha256") != _digest(raw):
-                raise ValueError("it has another sha256 than it says")
-            if raw["format"] != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")
+            raw = opened(content, _FORMAT)
             record = cls(
                 int(raw["generation"]),
                 State.from_json(raw["state"].encode()),
@@ -128,7 +122,3 @@ class Record:
             experiment = Experiment.from_json(text.encode())
             if experiment.status == "running":
                 yield from (arm.version for arm in experiment.arms if arm.version is not None)
-
-
-def _digest(raw: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True, allow_nan=False).encode()).hexdigest()
