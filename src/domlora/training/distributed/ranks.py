@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -272,8 +273,14 @@ def _begin(timeout_s: float) -> None:
     kind = "nccl" if torch.cuda.is_available() else "gloo"
     if kind == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    waits = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(kind, timeout=timedelta(seconds=timeout_s))
+        store, rank, size = next(rendezvous("env://", timeout=waits))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun on one machine keeps its store when it starts ranks again: they would meet the addresses of dead ones
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=waits)
     except (RuntimeError, ValueError) as error:
         raise EngineError(
             f"ranks must find each other ({error})",
