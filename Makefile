@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-bench
 RAW := data/raw/movielens-100k-package
 
-.PHONY: demo serve test test-ray test-scale test-serving test-spark lint bench reliability clean
+.PHONY: demo serve test test-ray test-scale test-serving test-spark test-torchrec lint bench reliability clean
 
 demo: $(STAMP) $(RAW)/.installed
 	$(BIN)/domlora study studies/demo.toml --raw $(RAW)
@@ -32,6 +32,12 @@ test-spark: $(STAMP)
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
 	RAY_USAGE_STATS_ENABLED=0 $(BIN)/pytest -m ray
+
+# Tables cut between ranks. TorchRec depends on FBGEMM's CUDA build, hence --no-deps.
+test-torchrec: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,torchrec]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchrec
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m torchrec
 
 # Four servers in network namespaces behind nginx and HAProxy: needs root (Debian: apt-get install iproute2 nginx-light haproxy).
 test-scale: $(STAMP)

@@ -1,4 +1,4 @@
-"""Write a prepared dataset in the layout of the MLoRA authors' code: ``domain_N/{train,val,test}.csv`` of uid, pid, domain, label.
+"""Write a prepared dataset as the MLoRA authors' code reads it: ``domain_N/{train,val,test}.csv`` of uid, pid, domain, label.
 
     python studies/authors_layout.py data/ml-1m THEIRS/dataset/Movielens/split_by_gender
 

@@ -29,7 +29,7 @@ CASES = {  # name: model, adapters, rule of tables and adapters
 }
 
 
-def rows(num_rows: int) -> Dataset:
+def rows(num_rows: int, dtype: torch.dtype = torch.float64) -> Dataset:
     """Four domains of unequal size, single ids and a sequence; in double precision, where equal means equal."""
     draw = torch.Generator().manual_seed(1)
     schema = Schema(
@@ -49,7 +49,7 @@ def rows(num_rows: int) -> Dataset:
     dense = torch.randn(num_rows, 1, generator=draw).double()
     logit = torch.sin(user[:, 0].double()) + dense[:, 0] * torch.cos(2.0 * domain.double())
     label = (torch.rand(num_rows, generator=draw) < torch.sigmoid(logit)).double()
-    batch = Batch(torch.cat([user, items], 1), dense, domain.clamp(min=-1), label)
+    batch = Batch(torch.cat([user, items], 1), dense.to(dtype), domain.clamp(min=-1), label.to(dtype))
     first, second = num_rows * 6 // 10, num_rows * 8 // 10
     splits = {"train": slice(0, first), "valid": slice(first, second), "test": slice(second, num_rows)}
     return Dataset.from_batches(schema, {name: batch.take(part) for name, part in splits.items()})
@@ -93,7 +93,7 @@ def write(path: Path, model: nn.Module, found: Fit, rank: int) -> None:
 def main(out: Path, last: int | None) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    Engine.validation_rows = 500  # so that few rows are scored by all
+    Engine.validation_rows = 600  # of 1,201: the last batch has one row, for one rank
     data = rows(6005)  # the last batch has three rows
     with joined() as here:
         if last is None:

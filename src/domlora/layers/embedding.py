@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -51,6 +51,10 @@ class EmbeddingTable(nn.Module):
         sparse: give ``weight`` a sparse gradient that holds the rows of the batch alone, for a row-wise optimizer.
             May be changed at any time. Dense gradients cost as much as the table is long.
 
+    Attributes:
+        fetch: for a table whose rows are kept elsewhere while it trains, which then has none in ``weight``: gives the
+            vectors ``(P, E)`` of rows ``(P,)``, and moves them by their gradient. It is asked once for all rows of a batch.
+
     Example:
         >>> table = EmbeddingTable([5, 3], embedding_dim=4)
         >>> table(torch.tensor([[4, 0], [1, 2]])).shape
@@ -71,6 +75,7 @@ class EmbeddingTable(nn.Module):
         super().__init__()
         self.embedding_dim = embedding_dim
         self.sparse = sparse
+        self.fetch: Callable[[Tensor], Tensor] | None = None
         owners = range(len(num_ids)) if owners is None else owners
         sizes = [size if owner == place else 0 for place, (size, owner) in enumerate(zip(num_ids, owners, strict=True))]
         self.weight = nn.Parameter(torch.empty(sum(sizes), embedding_dim).normal_(0.0, init_std))
@@ -80,6 +85,8 @@ class EmbeddingTable(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids + self.offsets
+        if self.fetch is not None:
+            return self.fetch(rows.flatten()).view(*rows.shape, self.embedding_dim)
         if self.sparse or self.weight.device.type != "cpu":
             return F.embedding(rows, self.weight, sparse=self.sparse)
         # the same numbers; on a CPU the dense backward of index_select takes half the time of F.embedding's, and a
@@ -138,21 +145,25 @@ class PooledTable(EmbeddingTable):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, kept = ids + self.offsets, (ids != PAD_ID) | self.counts_padding  # (B, S)
+        if self.fetch is not None:
+            vectors = self.fetch(rows[kept])
+            places = torch.zeros_like(rows).masked_scatter(kept, torch.arange(len(vectors), device=rows.device))
+            return self._in_bags(vectors, places, kept, sparse=False)
         if torch.compiler.is_compiling() or not (self.sparse or self.weight.device.type == "cpu"):
             return self._masked(rows, kept)
-        return self._in_bags(rows, kept)
+        return self._in_bags(self.weight, rows, kept, sparse=self.sparse)
 
-    def _in_bags(self, rows: Tensor, kept: Tensor) -> Tensor:
+    def _in_bags(self, weight: Tensor, rows: Tensor, kept: Tensor, *, sparse: bool) -> Tensor:
         """A field has its ids in one kind of bags and an empty bag, which gives zeros, in the other."""
         shape = (len(rows), len(self.first))
         bags = bags_of(rows, kept & ~self.takes_max if self.has_max else kept, self.first)
-        y = sum_of_bags(self.weight, bags, sparse=self.sparse).view(*shape, self.embedding_dim)
+        y = sum_of_bags(weight, bags, sparse=sparse).view(*shape, self.embedding_dim)
         if self.has_mean:
             sizes = torch.where(self.takes_mean, bags.counts.view(shape).clamp(min=1), 1)
             y = y / sizes.unsqueeze(-1)
         if self.has_max:
             bags = bags_of(rows, kept & self.takes_max, self.first)
-            y = y + max_of_bags(self.weight, bags, sparse=self.sparse).view_as(y)
+            y = y + max_of_bags(weight, bags, sparse=sparse).view_as(y)
         return y
 
     def _masked(self, rows: Tensor, kept: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,23 @@ __all__ = ["check_same_run", "flat", "in_parts", "read_checkpoint", "start_diges
 _TENSORS, _FACTS = "tensors.safetensors", "checkpoint.json"
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], more: Callable[[Path], None] | None = None
+) -> None:
     """Replace ``folder`` by a new checkpoint; a reader, or a run killed meanwhile, sees the old one or the new one.
+
+    Args:
+        more: writes other files into a folder that is given to it.
 
     Raises:
         DataError: no room on the disk, a quota, or a folder that cannot be written; the old checkpoint is as it was.
     """
     with new_folder(folder, overwrite=True, marker=_FACTS) as fresh:
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, fresh / _TENSORS)
-        text = json.dumps({**facts, "sha256": sha256_of(fresh / _TENSORS)}, indent=1)
+        if more is not None:
+            more(fresh)
+        beside = {str(p.relative_to(fresh)): sha256_of(p) for p in sorted(fresh.glob("*/*"))}
+        text = json.dumps({**facts, "sha256": sha256_of(fresh / _TENSORS), "beside": beside}, indent=1)
         (fresh / _FACTS).write_text(text, encoding="utf-8")
 
 
@@ -41,8 +49,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        if sha256_of(folder / _TENSORS) != facts.pop("sha256"):
-            raise ValueError(f"{_TENSORS} has another sha256 than {_FACTS} says")
+        for name, digest in {_TENSORS: facts.pop("sha256"), **facts.pop("beside", {})}.items():
+            if sha256_of(folder / name) != digest:
+                raise ValueError(f"{name} has another sha256 than {_FACTS} says")
         return load_file(folder / _TENSORS), facts
     except PermissionError as error:
         raise DataError(

@@ -98,6 +98,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 600.0,
     on_progress: OnProgress | None = None,
+    kind: type[Run] | None = None,
 ) -> Fit:
     """Train the parameters that require a gradient.
 
@@ -112,6 +113,7 @@ def fit(
             the run goes on from it and ends with the bits of an uninterrupted one.
         checkpoint_every_s: how old a checkpoint becomes at the most; 0 writes one after each step.
         on_progress: called about ten times a second; a :class:`Watcher` is told of validations too.
+        kind: a :class:`Run` of another kind.
 
     Raises:
         ConfigError: options that do not go together, or a checkpoint of another run.
@@ -122,7 +124,8 @@ def fit(
     """
     if not checkpoint_every_s >= 0:
         raise ConfigError("checkpoint_every_s must be at least 0", received=checkpoint_every_s)
-    return Run(model, data, options, optimizer, on_progress, checkpoint, checkpoint_every_s).go(start_is_candidate)
+    run = (Run if kind is None else kind)(model, data, options, optimizer, on_progress, checkpoint, checkpoint_every_s)
+    return run.go(start_is_candidate)
 
 
 class Run:
@@ -260,8 +263,13 @@ class Run:
         if now - self.shown > 0.1 and rows < self.rows_per_epoch:  # the end is told with its validation
             self.shown = now
             self.show(epoch, rows, done.loss / done.rows, done.rows / done.seconds)
-        if now - self.saved >= self.checkpoint_every_s:
+        if self.is_old:
             self.save()
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the checkpoint should be written anew."""
+        return time.perf_counter() - self.saved >= self.checkpoint_every_s
 
     def save(self) -> None:
         if self.checkpoint is not None and not self.engine.rank:  # all ranks have the same to save

@@ -17,11 +17,12 @@ from domlora.errors import ConfigError, nearest
 from domlora.layers.embedding import EmbeddingTable
 from domlora.training.rowwise import LazyAdam, RowWiseAdagrad
 
-__all__ = ["Optimizer", "OptimizerOptions", "Rule", "parameter_groups"]
+__all__ = ["FUSED", "Optimizer", "OptimizerOptions", "Rule", "parameter_groups"]
 
-RuleName = Literal["adam", "adamw", "lazy_adam", "rowwise_adagrad"]
+RuleName = Literal["adam", "adamw", "lazy_adam", "rowwise_adagrad", "fused_rowwise_adagrad"]
 
 DENSE_RULES, LAZY_RULES = ("adam", "adamw"), ("lazy_adam", "rowwise_adagrad")
+FUSED = "fused_rowwise_adagrad"
 MANY_ROWS = 1_000_000
 
 _TABLES = (EmbeddingTable, nn.Embedding, nn.EmbeddingBag)
@@ -35,7 +36,8 @@ class Rule:
     rows of the batch alone (:mod:`domlora.training.rowwise` says how they differ), so a step costs as much as the batch
     has ids, however long a table or a bank of adapters is; they are for ``tables`` and ``adapters``. A DeepFM of 8 features
     of 16 numbers took (batches of 4,096 rows with uniform ids, one thread) as long with ``adam`` as with ``lazy_adam`` at
-    1e4 values a feature, 1.7 times as long at 1e5 and 9 times as long at 1e6.
+    1e4 values a feature, 1.7 times as long at 1e5 and 9 times as long at 1e6. ``fused_rowwise_adagrad`` is
+    ``rowwise_adagrad`` for ``tables`` that FBGEMM keeps and ranks share (:mod:`domlora.training.distributed.tables`).
 
     Args:
         name: ``adam`` adds ``weight_decay * w`` to the gradient, which is an L2 penalty of half that weight in the loss
@@ -69,11 +71,17 @@ class OptimizerOptions:
     adapters: Rule = field(default_factory=Rule)
 
     def __post_init__(self) -> None:
-        if self.dense.name in LAZY_RULES:
+        if self.dense.name not in DENSE_RULES:
             raise ConfigError(
                 "every batch touches all of a dense layer, so its rule cannot be a lazy one",
                 received=self.dense.name,
                 next_step=f"Set dense.name to one of {', '.join(map(repr, DENSE_RULES))}",
+            )
+        if self.adapters.name == FUSED:
+            raise ConfigError(
+                "fused rules are for tables alone",
+                received=self.adapters.name,
+                next_step="Set adapters.name to 'rowwise_adagrad', which has the same formula",
             )
 
 
@@ -107,7 +115,7 @@ class Optimizer:
         lazy: the parameters under a lazy rule.
 
     Raises:
-        ConfigError: no parameter moves.
+        ConfigError: no parameter moves, or fused tables where nothing keeps them.
     """
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
@@ -123,6 +131,12 @@ class Optimizer:
             by_name.setdefault(rule.name, []).append(group)
         if not by_name:
             raise ConfigError("a model needs a parameter that moves", next_step="Call attach_ before freeze_")
+        if FUSED in by_name:
+            raise ConfigError(
+                "fused tables are for methods base, joint, two_stage and bias_only",
+                received=FUSED,
+                next_step="Set tables.name to 'rowwise_adagrad', which has the same formula",
+            )
         self._parts = {name: _KINDS[name](groups) for name, groups in by_name.items()}
         self._lrs = [group["lr"] for group in self._groups()]
         lazy = [part for name, part in self._parts.items() if name in LAZY_RULES]

@@ -23,8 +23,8 @@ from domlora.adapters.attach import AdapterOptions, attach_, freeze_
 from domlora.errors import ConfigError, nearest
 from domlora.evaluation.gate import Limits
 from domlora.models.build import build_model
-from domlora.training.fit import Fit, FitOptions, OnProgress, Rows, fit
-from domlora.training.optimizers import OptimizerOptions, Rule
+from domlora.training.fit import Fit, FitOptions, OnProgress, Rows, Run, fit
+from domlora.training.optimizers import FUSED, OptimizerOptions, Rule
 from domlora.training.quirks import LegacyOptions
 
 __all__ = [
@@ -278,7 +278,9 @@ def pretrain(
     model = build_model(schema=data.schema, **with_vectors(model_options, data))
     if method == "joint":
         attach_(model, data.schema.num_domains, **asdict(recipe.adapter))
-    return model, fit(model, data, stage.fit, stage.optimizer, checkpoint=checkpoint, on_progress=on_progress)
+    kind = _kind_of(stage.optimizer)
+    found = fit(model, data, stage.fit, stage.optimizer, checkpoint=checkpoint, on_progress=on_progress, kind=kind)
+    return model, found
 
 
 def adapt(
@@ -313,7 +315,16 @@ def adapt(
         start_is_candidate=True,
         checkpoint=checkpoint,
         on_progress=on_progress,
+        kind=_kind_of(stage.optimizer),
     )
+
+
+def _kind_of(rules: OptimizerOptions) -> type[Run]:
+    if rules.tables.name != FUSED:
+        return Run
+    from domlora.training.distributed.fused import FusedRun  # not everybody has what it needs
+
+    return FusedRun
 
 
 def with_vectors(model_options: Mapping[str, Any], data: Rows) -> dict[str, Any]:

@@ -83,6 +83,28 @@ def test_vectors_and_gradients_of_any_fields(batch, seed, sparse, below_zero):
         torch.testing.assert_close(ours.to_dense(), theirs)
 
 
+@settings(max_examples=60, deadline=None)
+@given(batch=batches(), seed=st.integers(0, 9))
+def test_rows_from_elsewhere_are_asked_for_once_and_without_padding(batch, seed):
+    fields, ids = batch
+    torch.manual_seed(seed)
+    table = table_for(fields, 3).double()
+    torch.nn.init.normal_(table.weight)
+    weight, table.sparse = table.weight, True
+    expected, upstream, asked = table(ids), torch.randn(len(ids), len(fields), 3).double(), []
+    (theirs,) = torch.autograd.grad(expected, weight, upstream)
+
+    def fetch(rows):
+        asked.append(rows)
+        return weight[rows]
+
+    table.fetch, table.weight = fetch, torch.nn.Parameter(torch.empty(0, 3))
+    found = table(ids)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, weight, upstream)[0], theirs.to_dense())
+    assert [rows.unique().tolist() for rows in asked] == [theirs.coalesce().indices()[0].tolist()]
+
+
 @settings(max_examples=40, deadline=None)
 @given(batch=batches(), data=st.data())
 def test_mixed_widths_and_given_vectors_of_any_fields(batch, data):

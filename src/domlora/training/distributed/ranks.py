@@ -147,7 +147,8 @@ class Ranks(Engine):
             return super().say(model, data)
         places: list[Tensor] = []
         mine = predict(model, self._stretches(data.batches("valid", self.validation_rows), places))
-        order = torch.cat(self._gather_uneven(torch.cat(places).to(self.where))).argsort().cpu()
+        found = torch.cat(self._gather_uneven(torch.cat(places).to(self.where)))
+        order = found.argsort()[int((found < 0).sum()) :].cpu()
         whole = {k: self._whole(column, order) for k, column in mine._asdict().items() if column is not None}
         return Predictions(**whole)
 
@@ -156,13 +157,20 @@ class Ranks(Engine):
         return torch.cat(pieces).cpu()[order].numpy()
 
     def _stretches(self, batches: Iterator[Batch], places: list[Tensor]) -> Iterator[Batch]:
-        """This rank's rows of each batch that has some for it, and in ``places`` where they stand."""
+        """This rank's rows of each batch, and in ``places`` where they stand.
+
+        Where there are fewer rows than ranks, those without take the first one, for nobody: tables that ranks share answer
+        when all of them ask.
+        """
         done = 0
         for batch in batches:
             mine = self._stretch(batch.num_rows)
             if mine.stop > mine.start:
                 places.append(torch.arange(done + mine.start, done + mine.stop))
                 yield batch.take(mine)
+            else:
+                places.append(torch.tensor([-1]))
+                yield batch.take(slice(0, 1))
             done += batch.num_rows
 
     def _stretch(self, rows: int) -> slice:

@@ -1,0 +1,112 @@
+"""A run whose tables FBGEMM keeps and, on ranks, TorchRec cuts: each rank keeps, moves and saves its own rows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from domlora.errors import ConfigError
+from domlora.features.batch import Batch
+from domlora.training.checkpoint import flat, start_digest, write_checkpoint
+from domlora.training.distributed.blocks import read_blocks_, told, write_blocks
+from domlora.training.distributed.tables import Tables
+from domlora.training.fit import Fit, FitOptions, Run
+from domlora.training.guard import check_finite
+from domlora.training.optimizers import OptimizerOptions
+from domlora.training.progress import OnProgress
+from domlora.training.rows import Rows
+
+__all__ = ["FusedRun"]
+
+
+class FusedRun(Run):
+    """A run as any, with ``tables`` in place of the rows of its model's tables and ``best_rows`` in place of their best.
+
+    A checkpoint has them in blocks, and any number of ranks goes on from those of any other.
+
+    Raises:
+        ConfigError: an average of the weights, which would cost as much as the tables are long in each step; or as
+            :class:`~domlora.training.distributed.tables.Tables`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Rows,
+        options: FitOptions,
+        rules: OptimizerOptions,
+        on_progress: OnProgress | None = None,
+        checkpoint: Path | None = None,
+        checkpoint_every_s: float = 600.0,
+    ) -> None:
+        if options.average_decay or options.device not in ("", "cpu"):
+            raise ConfigError(
+                "fused tables are on the CPU, and weights have no average with them",
+                received=f"average_decay={options.average_decay}, device={options.device!r}",
+                next_step="Leave both out, or set tables.name to 'rowwise_adagrad', which has the same formula",
+            )
+        self.start = "" if checkpoint is None else start_digest(model)
+        self.rules, self.best_rows = rules, dict[str, Tensor]()
+        self.tables = Tables(model, rules.tables)
+        others = replace(rules, tables=replace(rules.tables, name="rowwise_adagrad"))
+        super().__init__(model, data, options, others, on_progress, checkpoint, checkpoint_every_s)
+
+    def identify(self, rules: OptimizerOptions) -> dict[str, str]:
+        """With what was given, and the weights before their rows were taken out."""
+        return {**super().identify(rules), "optimizer": repr(self.rules), "start": self.start}
+
+    def run(self, start_is_candidate: bool) -> Fit:
+        found = super().run(start_is_candidate)
+        self.tables.give_back(self.best_rows)
+        return found
+
+    def step(self, batch: Batch) -> float:
+        self.tables.set_lr_factor(self.lr_factor())  # rows move while gradients are found
+        return super().step(batch)
+
+    def remember(self, model: nn.Module) -> None:
+        super().remember(model)
+        self.best_rows = {name: rows.clone() for name, rows in self.tables.rows().items()}
+
+    def blocks(self) -> dict[str, Tensor]:
+        """This rank's rows of what a checkpoint holds, the memory that moves."""
+        going_on = {} if self.ended else {"model": self.tables.rows(), "sums": self.tables.sums()}
+        return flat({"best": self.best_rows, **going_on})
+
+    def wholes(self) -> dict[str, Tensor]:
+        """The same as the ranks have it together; blocks that are not contiguous are copied."""
+        return {name: self.tables.whole(name.partition("/")[2], block) for name, block in self.blocks().items()}
+
+    @property
+    def is_old(self) -> bool:
+        """What the first rank's clock says, because all of them write."""
+        return self.checkpoint is not None and self.engine.first_says(super().is_old)
+
+    def check(self) -> None:
+        super().check()
+        check_finite(self.blocks(), self.place)
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        self.check()
+        wholes = self.wholes()
+        if self.engine.rank:
+            write_blocks(told(None), wholes)
+        else:
+            write_checkpoint(
+                self.checkpoint, self.tensors(), self.facts(), lambda fresh: write_blocks(told(fresh), wholes)
+            )
+        self.saved = time.perf_counter()
+
+    def restore(self, folder: Path) -> None:
+        super().restore(folder)
+        if self.best:
+            self.best_rows = {name: rows.clone() for name, rows in self.tables.rows().items()}
+        wholes = self.wholes()
+        read_blocks_(folder, wholes)
+        for name, block in self.blocks().items():
+            block.copy_(getattr(wholes[name], "_local_tensor", wholes[name]))

@@ -1,0 +1,67 @@
+"""Tables cut between ranks: the numbers of whole ones, on any number of ranks, also after a kill. Needs TorchRec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import distance, kill_one, run
+from safetensors.torch import load_file
+
+from domlora.bundle import Bundle
+from domlora.training.distributed.blocks import best_of
+from domlora.training.optimizers import FUSED
+
+pytestmark = pytest.mark.torchrec
+
+PROGRAM = str(Path(__file__).with_name("on_torchrec.py"))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("local")
+    run(1, PROGRAM, str(out), "rowwise_adagrad")
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_fused_tables_have_the_numbers_of_local_ones(local: Path, tmp_path: Path, size: int) -> None:
+    """After a hundred steps; 4e-6 is twice the most that was seen, in single precision."""
+    run(size, PROGRAM, str(tmp_path), FUSED)
+    files = sorted(local.iterdir())
+    assert len(files) == 5
+    for file in files:
+        assert distance(file, tmp_path / file.name) < 4e-6, file.name
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "straight").mkdir()
+    run(1, PROGRAM, str(tmp_path / "straight"), FUSED, "9")
+    for size, last in ((2, 2), (3, 3)):
+        run(size, PROGRAM, str(tmp_path), FUSED, str(last))
+        assert len([*(tmp_path / "checkpoint" / "rows").iterdir()]) == size
+    found = best_of(tmp_path / "checkpoint")
+    run(1, PROGRAM, str(tmp_path), FUSED, "9")
+    assert distance(tmp_path / "straight" / "whole.safetensors", tmp_path / "whole.safetensors") < 4e-6
+    # the best epoch was over when the third rank wrote
+    for name, weights in load_file(tmp_path / "whole.safetensors").items():
+        assert name == "figures" or torch.equal(weights, found[name]), name
+
+
+def pretrain(data: Path, out: Path) -> list[str]:
+    fit = {"batch_size": 500, "evaluations_per_epoch": 4, "max_epochs": 3}
+    settings = [f"--set=train.joint.fit.{name}={value}" for name, value in fit.items()]
+    settings += [f"--set=train.joint.optimizer.tables.name={FUSED}", "--set=train.joint.optimizer.tables.lr=0.05"]
+    return ["-m", "domlora", "pretrain", "--data", str(data), "--out", str(out), "--method", "joint", *settings]
+
+
+def test_a_rank_that_is_killed_comes_back(prepared: Path, tmp_path: Path) -> None:
+    run(2, *pretrain(prepared, tmp_path / "whole"))
+    took = kill_one(2, tmp_path / ".killed.checkpoint", *pretrain(prepared, tmp_path / "killed"))
+    assert took < 60  # the restart, and the rest of the run
+    whole, killed = (Bundle.open(tmp_path / name) for name in ("whole", "killed"))
+    assert killed.facts["valid"] == pytest.approx(whole.facts["valid"], abs=1e-6)
+    after = killed.model.state_dict()
+    for name, weights in whole.model.state_dict().items():
+        assert (weights - after[name]).abs().max() <= 1e-6, name
