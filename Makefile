@@ -28,7 +28,7 @@ test-spark: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,spark]"
 	PYSPARK_SUBMIT_ARGS="--conf spark.sql.shuffle.partitions=2 --conf spark.ui.enabled=false pyspark-shell" $(BIN)/pytest -m spark
 
-# Domains adapted on a local Ray cluster.
+# Domains adapted, and ranks started, on a local Ray cluster.
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
 	RAY_USAGE_STATS_ENABLED=0 $(BIN)/pytest -m ray

@@ -8,6 +8,7 @@ import typer
 
 from domlora.cli.evidence import report, study
 from domlora.cli.experiments import ab_app
+from domlora.cli.launch import launch
 from domlora.cli.life import export, merge, onboard, update
 from domlora.cli.models import adapt, evaluate, pretrain
 from domlora.cli.parallel import adapt_each
@@ -67,6 +68,7 @@ for verb in (
     report,
 ):
     app.command()(verb)
+app.command(context_settings={"allow_interspersed_args": False})(launch)  # what follows the verb is its own
 
 _INTERRUPTED = 130  # what Typer exits with after Ctrl-C
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,11 +81,19 @@ class Engine:
 
     def batches(self, rows: Any) -> Iterator[pa.RecordBatch]:
         """The rows a piece at a time, in the order that ``order_by`` gave them, else in none."""
-        operation = rows.op()
-        known = self._stored.get(operation.name) if isinstance(operation, DatabaseTable) else None
-        for path in known or self._written(rows):
+        for path in self._files_of(rows):
             with pq.ParquetFile(path, pre_buffer=False) as file:  # else all of a file stays in memory until its end
                 yield from file.iter_batches(_BATCH_ROWS)
+
+    def frame(self, rows: Any) -> Any:
+        """The rows as Spark's own data frame, to run what only Spark can."""
+        return self.connection._session.read.parquet(*(str(path) for path in self._files_of(rows)))
+
+    def _files_of(self, rows: Any) -> list[Path]:
+        """The files of stored rows; of others, files that are written now."""
+        operation = rows.op()
+        known = self._stored.get(operation.name) if isinstance(operation, DatabaseTable) else None
+        return known or self._written(rows)
 
     def _written(self, rows: Any) -> list[Path]:
         path = self.work / f"{ibis.util.gen_name('rows')}.parquet"
@@ -156,6 +165,7 @@ def _spark() -> Any:
         raise ConfigError(
             f"the engine 'spark' needs more libraries ({error})", next_step="Install them: pip install 'domlora[spark]'"
         ) from error
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # workers write shards: they need this library too
     builder = SparkSession.builder.appName("domlora")
     # what the user's own settings (spark-defaults.conf, spark-submit) say stays as it is
     builder = builder.config("spark.sql.session.timeZone", "UTC").config("spark.sql.ansi.enabled", "false")

@@ -32,6 +32,7 @@ from domlora.data.preparing.quarantine import NUMBER, Quarantine
 from domlora.data.preparing.shuffle import ORDER_COLUMN, Piles
 from domlora.data.preparing.split import with_split
 from domlora.data.preparing.vectors import write_vectors
+from domlora.data.preparing.workers import write_on_workers
 from domlora.data.raw import RawTable
 from domlora.data.readers import open_log
 from domlora.data.sources import open_source
@@ -312,7 +313,11 @@ class _Preparation:
         return fit_encoder(self.engine, train, self.plan, self.domains, label or _LABEL, self.known, sizes["train"])
 
     def written(self, rows: Any, encoder: Encoder, sizes: Mapping[str, int]) -> dict[str, list[str]]:
-        columns, total = ColumnEncoder(encoder), sum(sizes.values())
+        total = sum(sizes.values())
+        if self.engine.name == "spark":
+            frame = self.engine.frame(rows)
+            return write_on_workers(frame, encoder, sizes, self.plan.shard_rows, self.out)
+        columns = ColumnEncoder(encoder)
         piles = Piles(encoder.schema, sizes, self.plan.shard_rows, self.engine.work)
         shown = _bar(self.progress, "Encode and shuffle", 2 * total)
         for batch in self.engine.batches(rows):

@@ -6,20 +6,21 @@ written. One after the other, the shards of a split hold all of its rows in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from domlora.data.dataset import SPLITS
 from domlora.data.engine import HASH_BITS
 from domlora.data.shards import shard_schema, write_shard
 from domlora.features.schema import Schema
 
-__all__ = ["ORDER_COLUMN", "SPLIT_COLUMN", "Piles"]
+__all__ = ["ORDER_COLUMN", "SPLIT_COLUMN", "Piles", "by_order", "number_of_piles", "pile_of"]
 
 ORDER_COLUMN, SPLIT_COLUMN = "__order", "__split"
 Shown = Callable[[int], None]
@@ -37,7 +38,7 @@ class Piles:
 
     def __init__(self, schema: Schema, sizes: Mapping[str, int], shard_rows: int, folder: Path) -> None:
         self.schema, self.folder = schema, folder
-        self.counts = [-(-sizes[split] // shard_rows) for split in SPLITS]
+        self.counts = number_of_piles(sizes, shard_rows)
         self.first = np.cumsum([0, *self.counts])  # the number of each split's first pile
         self._rows = pa.schema([*shard_schema(schema), (ORDER_COLUMN, pa.int64())])
         self._files: dict[int, Any] = {}
@@ -47,9 +48,7 @@ class Piles:
         table = pa.RecordBatch.from_arrays(
             [*(columns[f.name] for f in shard_schema(self.schema)), order], schema=self._rows
         )
-        number = split.to_numpy(zero_copy_only=False)
-        place = order.to_numpy() >> (HASH_BITS - 20)  # 20 bits of it, so that the product below fits
-        pile = self.first[number] + ((place * np.asarray(self.counts)[number]) >> 20)
+        pile = pile_of(order, split, self.counts)
         by_pile = np.argsort(pile, kind="stable")
         bounds = np.searchsorted(pile[by_pile], np.arange(self.first[-1] + 1))
         table = table.take(pa.array(by_pile))
@@ -89,10 +88,25 @@ class Piles:
         with pa.ipc.open_stream(str(path)) as reader:
             table = reader.read_all()
         path.unlink()
-        yield table.take(_by_order(table)).drop([ORDER_COLUMN])
+        yield table.take(by_order(table)).drop([ORDER_COLUMN])
 
 
-def _by_order(table: pa.Table) -> pa.Array:
+def number_of_piles(sizes: Mapping[str, int], shard_rows: int) -> list[int]:
+    """How many piles each split has, from its rows."""
+    return [-(-sizes[split] // shard_rows) for split in SPLITS]
+
+
+def pile_of(order: pa.Array, split: pa.Array, counts: Sequence[int]) -> NDArray[np.int64]:
+    """The pile of each row, all splits numbered through."""
+    number = split.to_numpy(zero_copy_only=False)
+    place = order.to_numpy() >> (HASH_BITS - 20)  # 20 bits of it, so that the product below fits
+    first = np.cumsum([0, *counts])
+    pile: NDArray[np.int64] = first[number] + ((place * np.asarray(counts)[number]) >> 20)
+    return pile
+
+
+def by_order(table: pa.Table) -> pa.Array:
+    """The places of rows in the order of their hashes; of one hash, by all their columns."""
     order = table.column(ORDER_COLUMN)
     if len(pc.unique(order)) == table.num_rows:
         return pc.sort_indices(order)

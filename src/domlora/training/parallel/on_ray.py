@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from domlora.errors import ConfigError, EngineError
 
-__all__ = ["installed_ray", "on_ray"]
+__all__ = ["installed_ray", "join_ray", "on_ray"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,7 +37,7 @@ def on_ray(
     ray = installed_ray()
     ours = not ray.is_initialized()
     if ours:
-        _join(ray, address, workers)
+        join_ray(ray, address, workers)
     try:
         yield from _run(ray, work, deque(tasks), workers, tries)
     finally:
@@ -83,12 +83,17 @@ def installed_ray() -> Any:
     return ray
 
 
-def _join(ray: Any, address: str, workers: int) -> None:
+def join_ray(ray: Any, address: str, workers: int, *, log_to_driver: bool = False) -> None:
+    """Join the cluster at an address; without one, start Ray on this machine, with so many cores.
+
+    Raises:
+        EngineError: no cluster at the address.
+    """
     here = {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}  # for nobody else
     try:
         host, _, port = address.rpartition(":")
         if host and port.isdigit() and "/" not in host:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself waits for minutes
-        ray.init(**({"address": address} if address else here), log_to_driver=False)
+        ray.init(**({"address": address} if address else here), log_to_driver=log_to_driver)
     except OSError as error:  # Ray's own is one too
         raise EngineError(f"a Ray cluster must be at its address ({error})", received=address) from error
