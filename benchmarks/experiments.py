@@ -1,118 +1,216 @@
 """What the statistics of experiments promise, tried on units whose click probabilities are known.
 
-``python benchmarks/experiments.py --out experiments.json`` takes some minutes; ``--rows 1e7`` also times the analysis of a
-log of that many exposures. Every share has its 95 % interval (Wilson).
+``python benchmarks/experiments.py --out runs/experiments.json --page docs/results/experiments.md`` takes ten minutes of
+one core. What the file already has is not done again, so that a run that was ended goes on. ``--rows 1e7`` also times the
+analysis of a log of that many exposures.
 
 A unit has its own activity (rows a day) and its own taste (click probability), both drawn once, so that its rows resemble
-each other and units differ in size: what makes naive intervals too short.
+each other and units differ in size: what makes naive intervals too short. Sums over units are drawn directly and judged by
+the functions that ``domlora ab analyze`` calls; the part "log" holds both ways against each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import duckdb
 import numpy as np
+from experiments_log import agreement, timed
+from experiments_page import write_page
 from numpy.typing import NDArray
 from scipy import stats
 
-from domlora.abtest.analysis import analyze
+from domlora.abtest.aggregate import COLUMNS, columns_of
+from domlora.abtest.analysis import looks_of
 from domlora.abtest.experiments import Arm, Experiment
 from domlora.abtest.power import needed_units
-from domlora.abtest.sequential import look_at, planned_information
-from domlora.abtest.statistics import Columns, Comparison, compare, interval, moments_of, sample_ratio
+from domlora.abtest.sequential import boundaries, drift
+from domlora.abtest.statistics import Columns, Comparison, compare, interval, moments_of
 
-__all__ = ["found", "peeked", "planned", "ratio_coverage", "splits"]
+__all__ = ["SETTINGS", "Setting", "false_alarms", "found", "planned", "ratio_coverage", "splits"]
 
+Floats = NDArray[np.float64]
 CTR = Columns(over=2, under=1)
-DAYS = 30
 Z = float(stats.norm.isf(0.025))
-DAY_S = 86_400.0
+NEVER = 1.75  # standard errors: no boundary is below a single test's 1.96
 
 
-class Run(NamedTuple):
-    """Both arms by day: ratio, its error in logarithms, and the naive one that takes rows for independent."""
+@dataclass(frozen=True)
+class Setting:
+    """Units that behave alike in both arms, and how often they are looked at.
 
-    comparison: Comparison
-    naive_error: NDArray[np.float64]
+    Args:
+        units: of the control and of the treatment.
+        looks: ends of days.
+        rate: mean click probability; that of a purchase for ``value``.
+        activity: rows a day.
+        alike: units' probabilities differ less if it is larger (``a + b`` of a beta distribution).
+        primary: ``ctr``, or ``value`` with log-normal values.
+        arriving: units come on all days, not all on the first one.
+        cuped: share of the looks' days that there were before the start.
+    """
+
+    units: tuple[int, int]
+    looks: int = 30
+    rate: float = 0.1
+    activity: float = 1.3
+    alike: float = 40.0
+    primary: str = "ctr"
+    arriving: bool = False
+    cuped: float = 0.0
 
 
-def simulate(random: np.random.Generator, units: int, lift: float) -> Run:
-    """Half of the units in each arm, for 30 days."""
-    moments, naive = [], 0.0
-    for effect in (0.0, lift):
-        activity, taste = random.gamma(2.0, 0.65, units // 2), random.beta(4.0, 36.0, units // 2)
-        shown = random.poisson(activity, (DAYS, units // 2))
-        clicks = random.binomial(shown, np.minimum(taste * (1 + effect), 1.0))
-        sums = np.cumsum(np.stack([shown, clicks], -1), 0, dtype=np.float64)
-        moments.append(moments_of(sums))
-        total = sums.sum(1)
-        naive = naive + 1 / total[:, 1] - 1 / total[:, 0]
-    return Run(compare(moments[0], moments[1], CTR), np.sqrt(naive))
+BASE = Setting((1500, 1500))
+SETTINGS = {
+    "CTR 10 %, 30 looks": BASE,
+    "CTR 1 %, 10 looks": Setting((800, 800), 10, 0.01, 8.0),
+    "CTR 5 %, 5 looks": Setting((800, 800), 5, 0.05, 4.0),
+    "CTR 20 %, 60 looks": Setting((200, 200), 60, 0.2, 1.3, 10.0),
+    "100 units an arm, 10 looks": Setting((100, 100), 10, 0.2, 6.0),
+    "ten times as many in the control": Setting((3000, 300), 10, 0.05, 6.0),
+    "units arrive all the time": Setting((600, 600), 14, 0.1, 2.6, arriving=True),
+    "with the period before (CUPED)": Setting((500, 500), 10, 0.1, 2.0, cuped=1.0),
+    "value by unit, log-normal": Setting((3000, 3000), 6, 0.01, 4.0, primary="value"),
+    "value, too few purchases": Setting((600, 600), 6, 0.01, 4.0, primary="value"),
+}
 
 
-def planned(effect: float, power: float, seed: int = 0) -> int:
+def drawn(random: np.random.Generator, setting: Setting, runs: int, units: int, lift: float = 0.0) -> Floats:
+    """Moments of an arm by the end of each look, as the analysis makes them of a log: (runs, looks, K + 1, K + 1)."""
+    shape = (runs, setting.looks, units)
+    taste = random.beta(setting.rate * setting.alike, (1 - setting.rate) * setting.alike, (runs, 1, units))
+    activity = random.gamma(2.0, setting.activity / 2, (runs, 1, units))
+    daily = np.broadcast_to(activity, shape)
+    if setting.arriving:
+        daily = daily * (np.arange(setting.looks)[:, None] >= random.integers(setting.looks, size=(runs, 1, units)))
+    clicks, others = (
+        random.poisson(daily * np.minimum(part, 1.0)) for part in (taste * (1 + lift), 1 - taste * (1 + lift))
+    )
+    columns = {
+        "shown": np.cumsum(clicks + others, 1, dtype=np.float64),
+        "clicks": np.cumsum(clicks, 1, dtype=np.float64),
+    }
+    if setting.primary == "value":
+        columns["value"] = np.cumsum(_values(random, clicks), 1)
+    if setting.cuped:
+        past = activity * setting.looks * setting.cuped
+        before = random.poisson(past * taste), random.poisson(past * (1 - taste))
+        columns |= {
+            "before_clicks": before[0] * np.ones(shape),
+            "before_shown": (before[0] + before[1]) * np.ones(shape),
+        }
+    return _moments(columns, columns["shown"] > 0)
+
+
+def _values(random: np.random.Generator, clicks: NDArray[np.int64]) -> Floats:
+    """Log-normal, the mean of purchases of a day for each of them."""
+    values, bought = np.zeros(clicks.shape), clicks > 0
+    values[bought] = clicks[bought] * random.lognormal(0.0, 1.0, int(bought.sum()))
+    return values
+
+
+def _moments(columns: Mapping[str, Floats], seen: NDArray[np.bool_]) -> Floats:
+    size = len(COLUMNS) + 1
+    result = np.zeros((*seen.shape[:2], size, size))
+    known = {0: seen.astype(np.float64), **{1 + COLUMNS.index(name): each * seen for name, each in columns.items()}}
+    for a, one in known.items():
+        for b, two in known.items():
+            if a <= b:
+                result[..., a, b] = result[..., b, a] = np.einsum("rlu,rlu->rl", one, two)
+    return result
+
+
+def planned(setting: Setting, effect: float, power: float, seed: int = 0) -> int:
     """Units of both arms, from a pilot as it would be made: units as they are now, the same days."""
-    pilot = simulate(np.random.default_rng(seed), 40_000, 0.0).comparison
-    relative = float((pilot.control_error[-1] / pilot.control[-1]) ** 2) * 20_000
-    return needed_units(relative, effect, power)
+    return needed_units(_relative(setting, seed), effect, power)
+
+
+def _relative(setting: Setting, seed: int) -> float:
+    """Of one unit's metric, the variance over the square."""
+    pilot = drawn(np.random.default_rng(seed), setting, 1, 60_000)[0, -1]
+    one = compare(pilot, pilot, columns_of(setting.primary, cuped=setting.cuped > 0))
+    return float((one.control_error / one.control) ** 2) * 60_000
+
+
+def _experiment(setting: Setting, seed: int) -> Experiment:
+    """One whose plan is reached at the last look, more often than not."""
+    first, second = setting.units
+    error = np.sqrt(_relative(setting, seed) * (1 / first + 1 / second))
+    effect = float(np.expm1(drift(0.8, 0.05) * error / np.sqrt(0.93)))
+    arms = (Arm("now", weight=float(first)), Arm("wide", weight=float(second)))
+    return Experiment("null", arms, effect=min(effect, 0.99), primary=setting.primary, cuped_s=setting.cuped * 86_400.0)
+
+
+def false_alarms(setting: Setting, runs: int, seed: int = 2) -> dict[str, Any]:
+    """No lift, looked at after every day: how often is one claimed?"""
+    random, experiment = np.random.default_rng(seed), _experiment(setting, seed)
+    columns = columns_of(setting.primary, cuped=setting.cuped > 0)
+    counts, ended = np.zeros(3, int), 0
+    block = max(1, int(2e6 // (setting.looks * max(setting.units))))
+    for start in range(0, runs, block):
+        now, new = (drawn(random, setting, min(block, runs - start), units) for units in setting.units)
+        with np.errstate(all="ignore"):
+            z = np.abs(compare(now, new, columns).z)
+        for control, treatment, far in zip(now, new, np.nan_to_num(z).max(1), strict=True):
+            looks = looks_of(control, treatment, experiment) if far > NEVER else ()
+            crossed = [look for look in looks if look.crossed]
+            counts += [bool(crossed), bool(crossed) and crossed[0].lift > 0, far > Z]
+            ended += 1
+    names = ("alarms", "alarms_upwards", "single_test_each_look")
+    shares = {name: share(int(count), ended) for name, count in zip(names, counts, strict=True)}
+    return {**asdict(setting), "effect": experiment.effect, **shares}
 
 
 def found(runs: int, effect: float, power: float, seed: int = 1) -> dict[str, Any]:
     """A true lift at its planned size: is it found, and do the intervals hold it?"""
-    random, units = np.random.default_rng(seed), planned(effect, power)
-    information, counts = planned_information(effect, power, 0.05), np.zeros(5, int)
+    random, units = np.random.default_rng(seed), planned(BASE, effect, power)
+    plan = Experiment("lift", (Arm("now"), Arm("wide")), effect=effect, power=power, cuped_s=0.0)
+    counts = np.zeros(5, int)
     for _ in range(runs):
-        run = simulate(random, units, effect).comparison
-        low, high = interval(run, Z)
-        looks = look_at(run.lift, run.error, information, 0.05)
+        control, treatment = (drawn(random, BASE, 1, units // 2, lift)[0] for lift in (0.0, effect))
+        low, high = interval(compare(control[-1], treatment[-1], CTR), Z)
+        looks = looks_of(control, treatment, plan)
+        first = next((look for look in looks if look.crossed), looks[-1])
+        up = first.crossed and first.lift > 0
         counts += [
-            low[-1] <= effect <= high[-1],
-            all(look.low <= effect <= look.high for look in looks),
-            any(look.crossed and look.lift > 0 for look in looks),
-            bool(low[-1] > 0),
-            any(look.crossed and look.number < 20 for look in looks),
+            up,
+            low <= effect <= high,
+            up and low <= effect <= high,
+            up and first.low <= effect <= first.high,
+            up and first.number < 20,
         ]
-    names = ("interval_holds_it", "all_bounds_hold_it", "found_by_looks", "found_by_one_test", "found_before_day_20")
+    names = ("found", "interval_holds_it", "both", "found_and_its_bounds_hold_it", "found_before_day_20")
     return {"units": units, **{name: share(int(count), runs) for name, count in zip(names, counts, strict=True)}}
 
 
-def peeked(runs: int, units: int = 3000, seed: int = 2) -> dict[str, Any]:
-    """No lift, looked at every day: how often is one claimed?"""
-    random = np.random.default_rng(seed)
-    effect = 0.15
-    information = planned_information(effect, 0.8, 0.05) * units / planned(effect, 0.8)
-    counts = np.zeros(3, int)
-    for _ in range(runs):
-        run, naive = simulate(random, units, 0.0)
-        looks = look_at(run.lift, run.error, information, 0.05)
-        counts += [
-            any(look.crossed for look in looks),
-            bool((np.abs(run.z) > Z).any()),
-            bool((np.abs(np.log1p(run.lift)) > Z * naive).any()),
-        ]
-    names = ("boundary", "single_test_each_day", "rows_as_independent_each_day")
-    return {"looks": DAYS, **{name: share(int(count), runs) for name, count in zip(names, counts, strict=True)}}
+def splits(runs: int, seed: int = 3, looks: int = 30) -> dict[str, Any]:
+    """Fair splits, and ones that lose some treated units: how often are they called broken, at any look?
 
-
-def splits(runs: int, units: int = 200_000, seed: int = 3) -> dict[str, Any]:
-    """A fair split, and ones that lose 1 % and 2 % of the treated units: how often is it called broken?"""
-    random, result = np.random.default_rng(seed), {}
-    for name, lost in (("fair", 0.0), ("1_percent_lost", 0.01), ("2_percent_lost", 0.02)):
-        treated = random.binomial(units, 0.5, runs)
-        seen = random.binomial(treated, 1 - lost)
-        called = sum(
-            sample_ratio([units - all_, kept], [1, 1]) < 0.001 for all_, kept in zip(treated, seen, strict=True)
-        )
-        result[name] = share(int(called), runs)
-    return {"units": units, **result}
+    The rule of the analysis, for many runs at once: the boundary of 1 % at the looks, and a p-value below 0.0001 at any.
+    """
+    random, bound = np.random.default_rng(seed), boundaries(np.arange(1, looks + 1) / looks, 0.01)
+    result = {}
+    for units in (20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000):
+        for lost in (0.0, 0.005, 0.01, 0.02, 0.05):
+            treated = random.binomial(units // looks, 0.5, (runs, looks))
+            seen = np.cumsum(random.binomial(treated, 1 - lost), 1)
+            total = np.cumsum(units // looks - treated, 1) + seen
+            z = np.abs(seen - total / 2) / np.sqrt(total / 4)
+            called = (z > bound).any(1) | (z > stats.norm.isf(0.00005)).any(1)
+            once = z[:, -1] > stats.norm.isf(0.0005)  # one chi-square test of 0.001 at the end
+            result[f"{units} {lost}"] = {
+                "units": units,
+                "lost": lost,
+                "called": share(int(called.sum()), runs),
+                "one_test": share(int(once.sum()), runs),
+            }
+    return result
 
 
 def ratio_coverage(runs: int, units: int = 1000, seed: int = 4) -> dict[str, Any]:
@@ -123,94 +221,56 @@ def ratio_coverage(runs: int, units: int = 1000, seed: int = 4) -> dict[str, Any
         shape = (2, len(block), units // 2)
         size, taste = np.ceil(random.lognormal(2.0, 1.2, shape)), random.beta(1.0, 19.0, shape)
         clicks = random.binomial(size.astype(int), np.minimum(taste * np.array([1, 1 + lift])[:, None, None], 1.0))
-        one = compare(*moments_of(np.stack([size, clicks], -1)), CTR)
+        now, new = moments_of(np.stack([size, clicks], -1))
+        one = compare(now, new, CTR)
         rows, rate = size.sum(-1), clicks.sum(-1) / size.sum(-1)
         error = np.sqrt(rate * (1 - rate) / rows)
         naive = Comparison(rate[0], rate[1], error[0], error[1], np.zeros(len(block)))
-        counts += [int(((low <= lift) & (lift <= high)).sum()) for low, high in (interval(one, Z), interval(naive, Z))]
+        bounds = (interval(one, stats.t.isf(0.025, one.freedom)), interval(naive, Z))
+        counts += [int(((low <= lift) & (lift <= high)).sum()) for low, high in bounds]
     return {"units": units, "by_unit": share(int(counts[0]), runs), "by_row": share(int(counts[1]), runs)}
 
 
 def share(count: int, runs: int) -> dict[str, Any]:
-    bounds = stats.binomtest(count, runs).proportion_ci(method="wilson")
-    return {
-        "share": count / runs,
-        "low": round(float(bounds.low), 4),
-        "high": round(float(bounds.high), 4),
-        "runs": runs,
+    """With its 95 % interval (Wilson)."""
+    low, high = stats.binomtest(count, runs).proportion_ci(method="wilson")
+    return {"share": count / runs, "low": round(float(low), 4), "high": round(float(high), 4), "runs": runs}
+
+
+def parts_of(less: int, rows: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is tried, by name."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "split": partial(splits, 10_000 // less),
+        "ratio, unequal units": partial(ratio_coverage, 4_000 // less),
+        "log": partial(agreement, 40 // less, looks_of),
     }
-
-
-def timed(rows: int) -> dict[str, Any]:
-    """A log of so many exposures: 10 a request, 30 a unit, 20 domains, half of them from the two weeks before the start."""
-    experiment = Experiment(
-        "wide", (Arm("now"), Arm("wide", version=2)), status="running", slot=(0.0, 1.0), started_s=14 * DAY_S
-    )
-    with tempfile.TemporaryDirectory() as name:
-        write(Path(name), rows)
-        begun = time.perf_counter()
-        result = analyze(experiment, Path(name))
-        seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    units = sum(result.sample_ratio.units.values())
-    return {
-        "rows": rows,
-        "units": units,
-        "seconds": round(seconds, 1),
-        "peak_mb": round(peak),
-        "cores": duckdb_threads(),
-    }
-
-
-def write(folder: Path, rows: int, parts: int = 10) -> None:
-    for kind in ("exposures", "feedback"):
-        (folder / kind).mkdir()
-    day = "(n // 10 * 37 % 28)"
-    for part in range(parts):
-        exposures = folder / "exposures" / f"{part}.parquet"
-        duckdb.execute(
-            f"""COPY (SELECT ({day} * {DAY_S} + n % 86400)::DOUBLE AS time_s, 'r' || lpad((n // 10)::VARCHAR, 20, '0')
-            AS request_id, (n % 10)::INTEGER AS row, 'user-' || u AS unit, 'd' || (n // 10 % 20) AS domain,
-            CASE WHEN {day} < 14 THEN '' ELSE 'wide' END AS experiment,
-            CASE WHEN {day} < 14 THEN '' WHEN hash(u) % 2 = 0 THEN 'now' ELSE 'wide' END AS arm, '3' AS bundle,
-            '3' AS adapter, NULL::VARCHAR AS item, 0.1::FLOAT AS probability
-            FROM (SELECT range AS n, hash(range // 10) % {rows // 30} AS u
-                FROM range({part * rows // parts}, {(part + 1) * rows // parts}))) TO '{exposures}'"""
-        )
-        duckdb.execute(
-            f"""COPY (SELECT time_s + 5 AS time_s, request_id, row, unit, e AS event, 1.0::DOUBLE AS value
-            FROM '{exposures}', (VALUES ('click', 0.05), ('conversion', 0.004)) AS events(e, p)
-            WHERE hash(request_id, row, e) % 10000 < p * 10000) TO '{folder / "feedback" / f"{part}.parquet"}'"""
-        )
-
-
-def duckdb_threads() -> int:
-    found = duckdb.execute("SELECT current_setting('threads')").fetchone()
-    return int(found[0]) if found else 0
+    for name, setting in SETTINGS.items():
+        parts[f"no lift: {name}"] = partial(false_alarms, setting, 5_000 // less)
+    for power in (0.8, 0.95, 0.99):
+        parts[f"lift 1.5 %, power {power:.0%}"] = partial(found, 200 // less, 0.015, power)
+    if rows:
+        parts["time"] = partial(timed, rows)
+    return parts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments.json"), help="the figures; gone on with")
+    parser.add_argument("--page", type=Path, help="a Markdown page of them")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the runs")
     parser.add_argument("--rows", type=float, default=0, help="time the analysis of a log of so many exposures")
     told = parser.parse_args()
-    less = 10 if told.quick else 1
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "split": lambda: splits(2000 // less),
-        "ratio, unequal units": lambda: ratio_coverage(2000 // less),
-        "no lift, 30 looks": lambda: peeked(2000 // less),
-        "lift 1.5 %, power 95 %": lambda: found(200 // less, 0.015, 0.95),
-        "lift 1.5 %, power 80 %": lambda: found(200 // less, 0.015, 0.8, seed=11),
-    }
-    if told.rows:
-        parts["log"] = lambda: timed(int(told.rows))
-    result = {}
-    for name, part in parts.items():
-        result[name] = part()
-        print(json.dumps({name: result[name]}, indent=1), flush=True)
-    if told.out:
+    result = json.loads(told.out.read_text(encoding="utf-8")) if told.out.exists() else {}
+    told.out.parent.mkdir(parents=True, exist_ok=True)
+    for name, part in parts_of(100 if told.quick else 1, int(told.rows)).items():
+        if name in result:
+            continue
+        begun = time.process_time()
+        result[name] = {**part(), "cpu_s": round(time.process_time() - begun, 1)}
+        print(json.dumps({name: result[name]}), flush=True)
         told.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if told.page:
+        write_page(result, told.page)
 
 
 if __name__ == "__main__":

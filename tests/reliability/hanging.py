@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
+from domlora.serving.http.answers import Answer, Request
 from domlora.serving.http.metrics import Metrics
 from domlora.serving.http.service import make as make_real
 from domlora.serving.http.worker import Served
@@ -14,10 +14,9 @@ from domlora.serving.settings import Settings
 def make(settings: Settings, metrics: Metrics) -> Served:
     served = make_real(settings, metrics)
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        for name, value in scope["headers"]:
-            if name == b"x-hang-s":
-                time.sleep(float(value))
-        await served.app(scope, receive, send)
+    def scorer(request: Request) -> Answer:
+        time.sleep(float(request.headers.get(b"x-hang-s", 0)))
+        assert served.scorer is not None
+        return served.scorer(request)
 
-    return served._replace(app=app)
+    return served._replace(scorer=scorer)

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from domlora.abtest.aggregate import COLUMNS, TODAY, Floats, Log, Sums, columns_of, log_of, over_units
 from domlora.abtest.decide import Decision, Lift, Watched, broken_split, decide
-from domlora.abtest.experiments import METRICS, Experiment
-from domlora.abtest.sequential import Look, look_at, planned_information
-from domlora.abtest.statistics import adjusted, compare, interval, sample_ratio
+from domlora.abtest.experiments import METRICS, Arm, Experiment
+from domlora.abtest.sequential import Look, crosses, look_at, planned_information
+from domlora.abtest.statistics import adjusted, compare, interval, sample_ratio, student, variation
 from domlora.abtest.tables import markdown_of
 
-__all__ = ["Analysis", "SampleRatio", "analyze"]
+__all__ = ["Analysis", "SampleRatio", "analyze", "looks_of"]
 
-_BROKEN = 0.001
-_FEWEST = 20  # units of an arm: with fewer an interval says nothing
+_BROKEN = 0.0001  # whenever somebody looks
+_BROKEN_AT_LOOKS = 0.01  # at all looks together
+_FEWEST, _COARSEST = 30, 0.1  # units of an arm, and the variation of its sums: else an interval says nothing
+_ALMOST_NOTHING = 0.001  # of the control: an arm to which nothing happened has no logarithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class SampleRatio:
         units: by arm.
         expected: share by arm.
         p_value: of a split as far from that, by chance.
-        broken: below 0.001; then nothing is shown.
+        broken: the p-value is below 0.0001, or the arms' units left a boundary at some look, which chance does in 1 % of
+            experiments; then nothing is shown.
         crossed: units that were seen in several arms and left out.
         held_out: units of the holdout.
     """
@@ -110,7 +114,7 @@ def analyze(
     """
     with nullcontext(log) if isinstance(log, Log) else log_of(log) as opened:
         sums = over_units(opened, experiment, until_s=until_s, window_s=window_s)
-    split = _split(experiment, sums)
+    split = _split(experiment, sums, until_s)
     if split.broken:
         decision = broken_split(split.units, split.p_value)
         return Analysis(
@@ -143,12 +147,26 @@ def analyze(
     )
 
 
-def _split(experiment: Experiment, sums: Sums) -> SampleRatio:
+def _split(experiment: Experiment, sums: Sums, until_s: float | None) -> SampleRatio:
     units = {arm.name: _units(sums.overall.get(arm.name)) for arm in experiment.arms}
     weights = [arm.weight for arm in experiment.arms]
     p_value = sample_ratio(list(units.values()), weights)
     expected = {arm.name: arm.weight / sum(weights) for arm in experiment.arms}
-    return SampleRatio(units, expected, p_value, p_value < _BROKEN, sums.crossed, sums.held_out)
+    broken = p_value < _BROKEN or any(_uneven(experiment, sums, arm, until_s) for arm in experiment.arms[1:])
+    return SampleRatio(units, expected, p_value, broken, sums.crossed, sums.held_out)
+
+
+def _uneven(experiment: Experiment, sums: Sums, arm: Arm, until_s: float | None) -> bool:
+    """Whether the units of an arm and the control's were too far from their weights at a look, all looks regarded."""
+    control, treatment = _by_look(experiment, sums, arm.name, until_s)
+    found = compare(control, treatment, columns_of(experiment.primary, cuped=experiment.cuped_s > 0))
+    part = arm.weight / (arm.weight + experiment.control.weight)
+    units, treated = control[:, 0, 0] + treatment[:, 0, 0], treatment[:, 0, 0]
+    alpha = _alpha(experiment)
+    with np.errstate(all="ignore"):
+        z = (treated - part * units) / np.sqrt(part * (1 - part) * units)
+        fractions = 1.0 / (found.error**2 * planned_information(experiment.effect, experiment.power, alpha))
+    return crosses(z, fractions, _BROKEN_AT_LOOKS / (len(experiment.arms) - 1))
 
 
 def _totals(experiment: Experiment, sums: Sums) -> dict[str, dict[str, float]]:
@@ -186,7 +204,8 @@ def _lifts(
     found = compare(control, treatment, columns_of(metric, cuped=experiment.cuped_s > 0))
     few = np.minimum(control[:, 0, 0], treatment[:, 0, 0]) < _FEWEST
     with np.errstate(all="ignore"):
-        low, high = (np.where(few, np.nan, bound) for bound in interval(found, stats.norm.isf(experiment.alpha / 2)))
+        critical = student(stats.norm.isf(experiment.alpha / 2), found.freedom)
+        low, high = (np.where(few, np.nan, bound) for bound in interval(found, critical))
         lift, p_value = found.lift, np.where(few, np.nan, found.p_value)
     figures = np.stack([found.control, found.treatment, lift, low, high, p_value, adjusted(p_value)], -1)
     units = np.stack([control[:, 0, 0], treatment[:, 0, 0]], -1).astype(int).tolist()
@@ -196,20 +215,44 @@ def _lifts(
     return [Lift(arm, metric, domain, *rows[i]) for i, domain in enumerate(domains)]
 
 
-def _looks(experiment: Experiment, sums: Sums, until_s: float | None) -> dict[str, tuple[Look, ...]]:
+def looks_of(control: Floats, treatment: Floats, experiment: Experiment) -> tuple[Look, ...]:
+    """The looks at the primary metric of an arm, beginning with the first one at which it is close enough to normal.
+
+    **Shape**: moments (looks, K + 1, K + 1) of what is known by the end of each look.
+
+    Args:
+        control, treatment: of :data:`domlora.abtest.aggregate.COLUMNS`, as :class:`domlora.abtest.aggregate.Sums` has them.
+        experiment: with its plan.
+    """
+    columns = columns_of(experiment.primary, cuped=experiment.cuped_s > 0)
+    found = compare(control, treatment, columns)
+    enough = _normal(control, treatment, experiment.primary)
+    with np.errstate(all="ignore"):
+        none = enough & (treatment[:, 0, columns.over] == 0)
+        lift = np.where(enough, np.where(none, _ALMOST_NOTHING - 1.0, found.lift), np.nan)
+        error = np.where(none, np.sqrt(2.0) * found.control_error / found.control, found.error)
     alpha = _alpha(experiment)
     information = planned_information(experiment.effect, experiment.power, alpha)
-    columns = columns_of(experiment.primary, cuped=experiment.cuped_s > 0)
+    return look_at(lift, error, information, alpha, np.where(none, np.inf, found.freedom))
+
+
+def _looks(experiment: Experiment, sums: Sums, until_s: float | None) -> dict[str, tuple[Look, ...]]:
+    return {
+        arm.name: looks_of(*_by_look(experiment, sums, arm.name, until_s), experiment) for arm in experiment.arms[1:]
+    }
+
+
+def _by_look(experiment: Experiment, sums: Sums, arm: str, until_s: float | None) -> tuple[Floats, Floats]:
+    """Moments of the control and of an arm by the end of each look that has ended."""
     ended = _complete(experiment, sums, until_s)
-    control = _whole(sums.by_look, experiment.control.name, ended)
-    result = {}
-    for arm in experiment.arms[1:]:
-        treatment = _whole(sums.by_look, arm.name, ended)
-        found = compare(control, treatment, columns)
-        enough = np.minimum(control[:, 0, 0], treatment[:, 0, 0]) >= _FEWEST
-        with np.errstate(all="ignore"):
-            result[arm.name] = look_at(np.where(enough, found.lift, np.nan), found.error, information, alpha)
-    return result
+    return _whole(sums.by_look, experiment.control.name, ended), _whole(sums.by_look, arm, ended)
+
+
+def _normal(control: Floats, treatment: Floats, metric: str) -> NDArray[np.bool_]:
+    """Whether a metric is close enough to normal to be judged."""
+    units = np.minimum(control[..., 0, 0], treatment[..., 0, 0])
+    rough = variation(control, treatment, columns_of(metric, cuped=False))
+    return np.asarray((units >= _FEWEST) & (rough < _COARSEST))
 
 
 def _watch(experiment: Experiment, sums: Sums, arm: str, looks: Sequence[Look]) -> tuple[Watched, ...]:
@@ -218,9 +261,10 @@ def _watch(experiment: Experiment, sums: Sums, arm: str, looks: Sequence[Look]) 
     found = []
     for rail in experiment.guardrails:
         columns = columns_of(rail.metric, cuped=experiment.cuped_s > 0)
-        one = compare(_of(sums.overall, experiment.control.name), _of(sums.overall, arm), columns)
-        low, high = interval(one, looks[-1].critical)
-        found.append(Watched.of(rail.metric, rail.margin, float(low), float(high)))
+        control, treatment = _of(sums.overall, experiment.control.name), _of(sums.overall, arm)
+        low, high = interval(compare(control, treatment, columns), looks[-1].critical)
+        enough = _normal(control, treatment, rail.metric)  # what is not may be broken, but not kept
+        found.append(Watched.of(rail.metric, rail.margin, float(low) if enough else math.nan, float(high)))
     return tuple(found)
 
 

@@ -16,6 +16,12 @@ __all__ = ["Decision", "Lift", "Verdict", "Watched", "broken_split", "decide"]
 Verdict = Literal["ship", "stop", "not enough data yet", "broken split"]
 
 _RECENT = 7  # looks that tell how fast information comes in
+_EVENTS = {
+    "ctr": "some 100 clicks",
+    "cvr": "some 100 conversions",
+    "payers": "some 100 units with a conversion",
+    "value": "some hundreds of conversions",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +91,14 @@ class Decision:
         arm: which one to ship.
         reasons: sentences, the decisive one first.
         but_not: domains in which the arm is worse for certain; leave them out when it is shipped.
+        next_step: what to do now, for who does this for the first time.
     """
 
     verdict: Verdict
     arm: str | None = None
     reasons: tuple[str, ...] = ()
     but_not: tuple[str, ...] = ()
+    next_step: str = ""
 
 
 def broken_split(units: Mapping[str, int], p_value: float) -> Decision:
@@ -101,8 +109,9 @@ def broken_split(units: Mapping[str, int], p_value: float) -> Decision:
         reasons=(
             f"the arms' units ({counted}) do not fit their weights (p = {p_value:.1g}), so that the arms are not alike "
             "and no lift is shown",
-            "look for lost or doubled exposures, a redirect or a crash in one arm, or bots; then start a new experiment",
         ),
+        next_step="Stop it; look for lost or doubled exposures, a redirect or a crash in one arm, or bots; then start a new "
+        "experiment",
     )
 
 
@@ -139,10 +148,23 @@ def decide(
         best = max(ready, key=lambda name: looks[name][-1].lift)
         worse = _worse(domains, best, looks[best][-1].critical)
         said = (f"{best}: {experiment.primary} falls in {', '.join(worse)}; leave it out there",) if worse else ()
-        return Decision("ship", best, (*each[best].reasons, *said), worse)
+        return Decision("ship", best, (*each[best].reasons, *said), worse, _shipping(experiment, best))
     if all(decision.verdict == "stop" for decision in each.values()):
-        return Decision("stop", None, reasons)
-    return Decision("not enough data yet", None, reasons)
+        return Decision(
+            "stop", None, reasons, (), f"Stop it (domlora ab stop STORE {experiment.name}); keep what was there"
+        )
+    return Decision("not enough data yet", None, reasons, (), "Let it run, and look again as often as you like")
+
+
+def _shipping(experiment: Experiment, name: str) -> str:
+    """How to serve an arm to everybody."""
+    arm = next(each for each in experiment.arms if each.name == name)
+    steps = [f"Stop it (domlora ab stop STORE {experiment.name})"]
+    if arm.version is not None:
+        steps.append(f"serve version {arm.version} to all (domlora store set-live STORE {arm.version})")
+    if not arm.adapters:
+        steps.append("remove the adapters (DELETE /v1/adapters/DOMAIN)")
+    return ", ".join(steps) if len(steps) > 1 else f"{steps[0]}: then all get what this arm gets"
 
 
 def _judge(experiment: Experiment, arm: str, looks: Sequence[Look], guardrails: Sequence[Watched]) -> Decision:
@@ -151,7 +173,8 @@ def _judge(experiment: Experiment, arm: str, looks: Sequence[Look], guardrails: 
             fall = f"{rail.metric} falls by more than {_percent(rail.margin)} ({_bounds(rail.low, rail.high)})"
             return Decision("stop", reasons=(f"{arm}: {fall}",))
     if not looks:
-        return Decision("not enough data yet", reasons=(f"{arm}: too little information for a first look",))
+        few = f"too little data for a first look: each arm needs {_EVENTS[experiment.primary]}, and a look to be over"
+        return Decision("not enough data yet", reasons=(f"{arm}: {few}",))
     last, metric = looks[-1], experiment.primary
     crossed = any(look.crossed and look.lift * last.lift > 0 for look in looks)
     bounds = _bounds(last.low, last.high)
@@ -163,9 +186,10 @@ def _judge(experiment: Experiment, arm: str, looks: Sequence[Look], guardrails: 
         reason = f"{arm}: a lift of {_percent(experiment.effect)} of {metric} is ruled out ({bounds})"
         return Decision("stop", reasons=(reason,))
     if last.fraction >= 1.0:
-        reason = f"{arm}: the planned information is there and no lift of {metric} was found ({bounds})"
+        reason = f"{arm}: all data of the plan is there and no lift of {metric} was found ({bounds})"
         return Decision("stop", reasons=(reason,))
-    return Decision("not enough data yet", reasons=(f"{arm}: {metric} {bounds}; {_left(experiment, looks)}",))
+    unsure = f"{arm}: the lift of {metric} may be anything from {bounds}; {_left(experiment, looks)}"
+    return Decision("not enough data yet", reasons=(unsure,))
 
 
 def _won(reason: str, arm: str, guardrails: Sequence[Watched]) -> Decision:
@@ -192,8 +216,23 @@ def _left(experiment: Experiment, looks: Sequence[Look]) -> str:
     last, earlier = looks[-1], looks[max(-len(looks), -_RECENT)]
     passed, gained = last.number - earlier.number, last.fraction - earlier.fraction
     speed = gained / passed if passed and gained > 0 else last.fraction / (last.number + 1)
-    days = (1.0 - last.fraction) / speed * experiment.look_s / 86_400.0
-    return f"{last.fraction:.0%} of the planned information, the rest in about {np.ceil(days):,.0f} days at most"
+    return (
+        f"{last.fraction:.0%} of the plan's data is there, the rest in about "
+        f"{_lasting((1.0 - last.fraction) / speed * experiment.look_s)} at most"
+    )
+
+
+def _lasting(seconds: float) -> str:
+    """Rounded up, in the largest unit of which there are two or more.
+
+    >>> _lasting(6.2 * 86_400), _lasting(5_000), _lasting(20)
+    ('7 days', '84 minutes', '20 seconds')
+    """
+    size, name = next(
+        ((size, name) for size, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")) if seconds >= 2 * size),
+        (1, "seconds"),
+    )
+    return f"{np.ceil(seconds / size):,.0f} {name}"
 
 
 def _percent(value: float) -> str:

@@ -81,6 +81,7 @@ class EventLog:
         keep_days: segments older than this are removed; None keeps them all.
         tidy_s: how often small segments are merged and old ones removed; None for never.
         observer: compares what was predicted with what happened, in the same thread.
+        tell: called there with the rows that wait, and those that were dropped so far.
 
     Raises:
         ConfigError: neither folder nor sink.
@@ -110,6 +111,7 @@ class EventLog:
         keep_days: float | None = None,
         tidy_s: float | None = 60.0,
         observer: Observer | None = None,
+        tell: Callable[[int, int], object] | None = None,
     ) -> None:
         if sink is None:
             if folder is None:
@@ -117,11 +119,11 @@ class EventLog:
             sink = SegmentFiles(folder, sync=sync)
         self.folder, self.sink = folder, sink
         self._flush_s, self._max_rows, self._most = flush_s, max_rows, max_pending_rows
-        self._keep_days, self._tidy_s, self._observer = keep_days, tidy_s, observer
+        self._keep_days, self._tidy_s = keep_days, tidy_s
+        self._observer, self._tell = observer, tell
         self._exposures: deque[Exposure] = deque()
         self._feedback: deque[Feedback] = deque()
         self._seen: dict[int, None] = {}  # the oldest first; a hash and not the text, which would take much room
-        self._waiting: dict[Kind, deque[Any]] = {"exposures": self._exposures, "feedback": self._feedback}
         self._held: dict[Kind, list[Any]] = {"exposures": [], "feedback": []}
         self._taken = self._dropped = self._written = self._told = 0
         self._counting, self._writing = threading.Lock(), threading.Lock()
@@ -241,18 +243,24 @@ class EventLog:
         until = time.monotonic() + seconds
         while not self._closed and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
+            self._report()
 
     def _write(self) -> bool:
         self._say_dropped()
+        if self._observer is not None:
+            self._observer.look()
+        feedback = _drain(self._feedback)  # before the exposures: what it is about was exposed before it came
+        fresh: dict[Kind, list[Any]] = {"exposures": _drain(self._exposures), "feedback": feedback}
         done = True
-        for kind, waiting in self._waiting.items():
-            held, fresh = self._held[kind], _drain(waiting)
-            held.extend(fresh)
+        for kind, events in fresh.items():
+            held = self._held[kind]
+            held.extend(events)
             if self._observer is not None:
-                self._observer.saw(kind, fresh)
+                self._observer.saw(kind, events)
             done = (not held or self._offer(kind, held)) and done
         if self._observer is not None:
             self._observer.tell(time.time())
+        self._report()
         return done
 
     def _offer(self, kind: Kind, held: list[Any]) -> bool:
@@ -293,6 +301,10 @@ class EventLog:
         if self._dropped > self._told:
             _LOG.warning("events dropped", extra={"fields": {"rows": self._dropped - self._told}})
             self._told = self._dropped
+
+    def _report(self) -> None:
+        if self._tell is not None:
+            self._tell(self.pending, self._dropped)
 
     def _tidy(self) -> None:
         if self._tidy_s is None or self.folder is None or time.monotonic() - self._tidied < self._tidy_s:

@@ -78,11 +78,18 @@ class Observer:
         self._tell, self._event, self._window_s, self._max_rows = tell, event, window_s, max_rows
         self._place = None if others is None else others / "feedback"
         self._writer = writer
-        self._read = self._listed(self._place)
+        self._there = self._read = self._listed()
         self._by_request: dict[str, list[_Recent]] = {}
         self._order: deque[_Recent] = deque()
         self._rows, self._reports_shown = 0, False
         self._sums: dict[str | None, list[float]] = {}
+
+    def look(self) -> None:
+        """Note which files of other processes are there; :meth:`tell` hears those.
+
+        To be called before the exposures are taken that :meth:`saw` gets: else a file may be about one not yet known.
+        """
+        self._there = self._listed()
 
     def saw(self, kind: str, events: Iterable[Any]) -> None:
         """Take exposures or feedback of this process."""
@@ -93,7 +100,7 @@ class Observer:
                 self._note(event.request_id, event.row, event.event, event.value)
 
     def tell(self, now_s: float) -> None:
-        """Judge the rows whose window has passed, and tell their sums."""
+        """Hear what others wrote before the last :meth:`look`, judge the rows whose window has passed, tell their sums."""
         self._hear_others()
         while self._order and (self._order[0].until_s <= now_s or self._rows > self._max_rows):
             self._judge(self._order.popleft())
@@ -127,18 +134,16 @@ class Observer:
             sums[2] += len(counted)
 
     def _hear_others(self) -> None:
-        listed = self._listed(self._place)
-        if self._place is None or not listed - self._read:
-            return
-        for name in sorted(listed - self._read):
-            for columns in _columns(self._place / name):
-                self._note(*columns)
-        self._read = listed
+        if self._place is not None:
+            for name in sorted(self._there - self._read):
+                for columns in _columns(self._place / name):
+                    self._note(*columns)
+        self._read = self._there
 
-    def _listed(self, place: Path | None) -> set[str]:
-        if place is None or not place.is_dir():
+    def _listed(self) -> set[str]:
+        if self._place is None or not self._place.is_dir():
             return set()
-        return {path.name for path in place.glob("*.L0.parquet") if f"-{self._writer}-" not in path.name}
+        return {path.name for path in self._place.glob("*.L0.parquet") if f"-{self._writer}-" not in path.name}
 
 
 def _columns(path: Path) -> Iterable[Sequence[Any]]:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
+from domlora.abtest.statistics import student
 from domlora.errors import ConfigError
 
-__all__ = ["Look", "boundaries", "crossing_probability", "drift", "look_at", "planned_information", "spent"]
+__all__ = ["Look", "boundaries", "crosses", "crossing_probability", "drift", "look_at", "planned_information", "spent"]
 
 Floats = NDArray[np.float64]
 
@@ -136,7 +137,9 @@ def planned_information(effect: float, power: float, alpha: float) -> float:
     return (drift(power, alpha) / float(np.log1p(effect))) ** 2
 
 
-def look_at(lift: ArrayLike, error: ArrayLike, information: float, alpha: float) -> tuple[Look, ...]:
+def look_at(
+    lift: ArrayLike, error: ArrayLike, information: float, alpha: float, freedom: ArrayLike = np.inf
+) -> tuple[Look, ...]:
     """The looks at a lift, up to the first one at the planned information.
 
     Args:
@@ -144,6 +147,7 @@ def look_at(lift: ArrayLike, error: ArrayLike, information: float, alpha: float)
         error: standard errors of log(1 + lift).
         information: the planned one.
         alpha: the chance of a false alarm at any look.
+        freedom: degrees of freedom of the errors, see :func:`domlora.abtest.statistics.student`.
     """
     values, errors = np.asarray(lift, dtype=np.float64), np.asarray(error, dtype=np.float64)
     with np.errstate(all="ignore"):
@@ -151,11 +155,27 @@ def look_at(lift: ArrayLike, error: ArrayLike, information: float, alpha: float)
     chosen = _informative(values, fractions)
     if not chosen:
         return ()
-    critical = boundaries(fractions[chosen], alpha)
+    critical = student(boundaries(fractions[chosen], alpha), np.broadcast_to(freedom, values.shape)[chosen])
     return tuple(
         _look(number, float(fractions[number]), float(bound), float(values[number]), float(errors[number]))
         for number, bound in zip(chosen, critical, strict=True)
     )
+
+
+def crosses(z: ArrayLike, fractions: ArrayLike, alpha: float) -> bool:
+    """Whether any look up to the first one at the plan leaves its boundary.
+
+    Args:
+        z: standard errors by look; NaN where nothing is known.
+        fractions: of the planned information.
+        alpha: the chance of a false alarm at any look.
+
+    >>> crosses([1.0, 2.3, 2.5], [0.3, 0.6, 0.9], 0.01), crosses([1.0, 2.3, 2.5], [0.3, 0.6, 0.9], 0.05)
+    (False, True)
+    """
+    values, parts = np.asarray(z, dtype=np.float64), np.asarray(fractions, dtype=np.float64)
+    chosen = _informative(np.where(np.isfinite(values), 0.0, np.nan), parts)
+    return bool(chosen) and bool((np.abs(values[chosen]) > boundaries(parts[chosen], alpha)).any())
 
 
 def _look(number: int, fraction: float, critical: float, lift: float, error: float) -> Look:

@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["Columns", "Comparison", "Interval", "adjusted", "compare", "interval", "moments_of", "sample_ratio"]
+__all__ = [
+    "Columns",
+    "Comparison",
+    "Interval",
+    "adjusted",
+    "compare",
+    "interval",
+    "moments_of",
+    "sample_ratio",
+    "student",
+    "variation",
+]
 
 Floats = NDArray[np.float64]
 
@@ -34,6 +45,7 @@ class Comparison(NamedTuple):
         control, treatment: the metric, adjusted if there is a covariate.
         control_error, treatment_error: standard errors of them.
         reduction: share of the variance that the covariate took away.
+        freedom: degrees of freedom of the errors, see :func:`student`.
     """
 
     control: Floats
@@ -41,6 +53,7 @@ class Comparison(NamedTuple):
     control_error: Floats
     treatment_error: Floats
     reduction: Floats
+    freedom: Floats = np.asarray(np.inf)
 
     @property
     def lift(self) -> Floats:
@@ -60,7 +73,7 @@ class Comparison(NamedTuple):
     @property
     def p_value(self) -> Floats:
         """Of no lift, two-sided, as if this were the only look."""
-        return np.asarray(2.0 * stats.norm.sf(np.abs(self.z)))
+        return np.asarray(2.0 * stats.t.sf(np.abs(self.z), self.freedom))
 
 
 class Interval(NamedTuple):
@@ -86,9 +99,17 @@ def moments_of(values: ArrayLike) -> Floats:
 def compare(control: Floats, treatment: Floats, columns: Columns) -> Comparison:
     """A ratio of sums in two arms, with errors that hold when units differ in size and their rows resemble each other.
 
-    The variance of ``R = Σx / Σy`` over n units is that of ``e = x − R y``, which sums to 0: ``n / (n − 1) · Σe² / (Σy)²``,
-    the delta method clustered by unit. With a covariate (CUPED) the ratio ``P`` of the period before, less its mean over
-    both arms, is taken away ``θ`` times, ``θ`` being the slope of ``R`` on ``P`` over both arms.
+    The variance of ``R = Σx / Σy`` over n units is that of ``e = x − R y``, which sums to 0: ``Σe² / (Σy)²``, the delta
+    method clustered by unit. Large units pull R towards themselves, so that their e is too small; the jackknife divides each
+    e by ``1 − h``, h being the unit's share of Σy. Here all units have the h of a typical row's unit, ``Σh² = 1 / m``,
+    which gives a factor ``(n − 1) / n / (1 − 1 / m)²``: ``n / (n − 1)``, as usual, for units of equal size.
+
+    With a covariate (CUPED) the ratio ``P`` of the period before, less its mean over both arms, is taken away ``θ`` times,
+    ``θ`` being the slope of ``R`` on ``P`` over both arms.
+
+    Errors have the degrees of freedom of Welch and Satterthwaite. An arm has ``n / (1 + Γ) − 1``, Γ being the squared
+    variation of what units add to the variance, which is ``y²`` where their rows are alike; with y of a gamma distribution
+    and the squared variation ``c``, ``1 + Γ = (1 + 2 c) (1 + 3 c) / (1 + c)``. It is ``n − 1`` for units of equal size.
 
     **Shape**: moments (..., K + 1, K + 1), results (...).
 
@@ -96,7 +117,8 @@ def compare(control: Floats, treatment: Floats, columns: Columns) -> Comparison:
         control, treatment: as :func:`moments_of` makes them; sums over days, domains or arms are sums of these.
         columns: what is divided by what.
 
-    **Source**: Deng, Knoblich and Lu 2018 (ratios); Deng, Xu, Kohavi and Walker 2013 (CUPED).
+    **Source**: Deng, Knoblich and Lu 2018 (ratios); Deng, Xu, Kohavi and Walker 2013 (CUPED); Bell and McCaffrey 2002
+    (leverage of clusters), with one for all; Carter, Schnepel and Steigerwald 2017 (Γ), with the gamma distribution.
 
     >>> random = np.random.default_rng(0)
     >>> shown = random.poisson(9.0, (2, 4000)) + 1
@@ -109,8 +131,10 @@ def compare(control: Floats, treatment: Floats, columns: Columns) -> Comparison:
     with np.errstate(all="ignore"):
         (one, var_one), (two, var_two) = _ratio(control, columns), _ratio(treatment, columns)
         if columns.before is None:
-            return Comparison(one, two, np.sqrt(var_one), np.sqrt(var_two), np.zeros_like(one))
-        return _adjust(control, treatment, columns, columns.before)
+            found = Comparison(one, two, np.sqrt(var_one), np.sqrt(var_two), np.zeros_like(one))
+        else:
+            found = _adjust(control, treatment, columns, columns.before)
+        return found._replace(freedom=_freedom(found, control, treatment, columns))
 
 
 def interval(found: Comparison, critical: ArrayLike) -> Interval:
@@ -123,6 +147,38 @@ def interval(found: Comparison, critical: ArrayLike) -> Interval:
     with np.errstate(all="ignore"):
         ratio, width = found.treatment / found.control, np.exp(np.asarray(critical) * found.error)
         return Interval(ratio / width - 1.0, ratio * width - 1.0)
+
+
+def student(critical: ArrayLike, freedom: ArrayLike) -> Floats:
+    """Critical values for errors that are estimated: those of Student's t which chance exceeds as often.
+
+    **Source**: Pocock 1977; Jennison and Turnbull 2000 (the significance-level approach to group sequential tests).
+
+    >>> student([1.96, 5.0], 100).round(3), student(1.96, np.inf).round(3)
+    (array([1.984, 5.344]), np.float64(1.96))
+    """
+    values, known = np.asarray(critical, dtype=np.float64), np.asarray(freedom, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        return np.asarray(np.where(np.isinf(known), values, stats.t.isf(stats.norm.sf(values), known)))[()]
+
+
+def variation(control: Floats, treatment: Floats, columns: Columns) -> Floats:
+    """The larger coefficient of variation of a ratio's two sums, in the smaller arm, if both arms were alike.
+
+    Below 0.1 (and with 30 units or more), a ratio is close enough to normal for errors like those of :func:`compare`.
+    It is that of both arms together, so that an arm whose clicks fail to come does not stay unjudged for it.
+
+    **Source**: Cochran 1977, Sampling Techniques, page 153.
+
+    >>> few = moments_of([[1.0]] * 50 + [[0.0]] * 450)
+    >>> round(float(variation(few, few, Columns(over=1, under=0))), 3)
+    0.134
+    """
+    whole, fewer = control + treatment, np.minimum(control[..., 0, 0], treatment[..., 0, 0])
+    with np.errstate(all="ignore"):
+        units = whole[..., 0, 0]
+        of = [units * whole[..., each, each] / whole[..., 0, each] ** 2 for each in (columns.over, columns.under)]
+        return np.asarray(np.sqrt(np.maximum(np.maximum(*of) - 1.0, 0.0) / fewer))
 
 
 def sample_ratio(units: Sequence[int], weights: Sequence[float]) -> float:
@@ -154,7 +210,13 @@ def _ratio(moments: Floats, columns: Columns) -> tuple[Floats, Floats]:
     over, under = moments[..., 0, columns.over], moments[..., 0, columns.under]
     ratio = over / under
     squares = _product(moments, columns, columns, ratio, ratio)
-    return ratio, _scale(moments) * squares / under**2
+    return ratio, _scale(moments, columns, columns) * squares / under**2
+
+
+def _freedom(found: Comparison, control: Floats, treatment: Floats, columns: Columns) -> Floats:
+    one, two = (found.control_error / found.control) ** 2, (found.treatment_error / found.treatment) ** 2
+    few, other = (np.maximum(_clusters(arm, columns.under) - 1.0, 1.0) for arm in (control, treatment))
+    return np.asarray((one + two) ** 2 / (one**2 / few + two**2 / other))
 
 
 def _product(moments: Floats, one: Columns, two: Columns, first: Floats, second: Floats) -> Floats:
@@ -167,9 +229,22 @@ def _product(moments: Floats, one: Columns, two: Columns, first: Floats, second:
     )
 
 
-def _scale(moments: Floats) -> Floats:
+def _scale(moments: Floats, one: Columns, two: Columns) -> Floats:
     units = moments[..., 0, 0]
-    return np.asarray(np.where(units > 1, units / (units - 1), np.nan))
+    leverage = [1.0 - 1.0 / _equal_units(moments, each.under) for each in (one, two)]
+    return np.asarray(np.where(units > 1, (units - 1) / units / (leverage[0] * leverage[1]), np.nan))
+
+
+def _equal_units(moments: Floats, under: int) -> Floats:
+    """How many units of equal size have such shares of all rows."""
+    return np.asarray(moments[..., 0, under] ** 2 / moments[..., under, under])
+
+
+def _clusters(moments: Floats, under: int) -> Floats:
+    """How many units of equal size tell as much of a variance."""
+    units = moments[..., 0, 0]
+    spread = units / _equal_units(moments, under) - 1.0
+    return np.asarray(units * (1.0 + spread) / ((1.0 + 2.0 * spread) * (1.0 + 3.0 * spread)))
 
 
 def _adjust(control: Floats, treatment: Floats, columns: Columns, before: tuple[int, int]) -> Comparison:
@@ -193,7 +268,7 @@ def _covariance(moments: Floats, one: Columns, two: Columns) -> Floats:
     sums = moments[..., 0, :]
     first, second = sums[..., one.over] / sums[..., one.under], sums[..., two.over] / sums[..., two.under]
     products = _product(moments, one, two, first, second)
-    return np.asarray(_scale(moments) * products / (sums[..., one.under] * sums[..., two.under]))
+    return np.asarray(_scale(moments, one, two) * products / (sums[..., one.under] * sums[..., two.under]))
 
 
 def _slope(moments: Floats, columns: Columns, earlier: Columns) -> Floats:

@@ -10,6 +10,15 @@ __all__ = ["markdown_of"]
 
 Rows = Iterable[Sequence[str]]
 
+_SINGLE = (
+    "*interval* and *p* are those of a single look at the end; who looks before decides by the looks below. "
+    "*variance saved* is what the period before the start explains."
+)
+_TOGETHER = (
+    "*information* is the share of the data that the plan asks for. *crossed*: the lift is further from 0 than chance gets "
+    "at any look (*z*, in standard errors, beyond the *boundary*)."
+)
+
 
 def markdown_of(analysis: Mapping[str, Any]) -> str:
     """Tables of what :meth:`domlora.abtest.analysis.Analysis.to_dict` holds, the decision first."""
@@ -19,6 +28,7 @@ def markdown_of(analysis: Mapping[str, Any]) -> str:
     parts = [
         f"# {analysis['experiment']}: {verdict}",
         "\n".join(f"- {reason}" for reason in decision["reasons"]),
+        f"**Next:** {decision['next_step']}.",
         f"What was shown until {until}.",
         _table(("arm", *next(iter(analysis["totals"].values()))), _totals(analysis["totals"])),
         _split(split),
@@ -29,7 +39,12 @@ def markdown_of(analysis: Mapping[str, Any]) -> str:
             _table(
                 ("arm", "metric", "control", "treatment", "lift", "interval", "p", "variance saved"), _overall(analysis)
             ),
-            *(f"## {arm}: {analysis['primary']}, looks\n\n{_looks(looks)}" for arm, looks in analysis["looks"].items()),
+            _SINGLE,
+            *(
+                f"## {arm}: {analysis['primary']}, looks\n\n{_looks(looks)}\n\n{_TOGETHER}"
+                for arm, looks in analysis["looks"].items()
+                if looks
+            ),
             *(_rails(arm, rails) for arm, rails in analysis["guardrails"].items() if rails),
             f"## By domain: {analysis['primary']}\n\n{_domains(primary)}",
         ]
@@ -62,6 +77,7 @@ def _overall(analysis: Mapping[str, Any]) -> Rows:
             _percent(each["reduction"], sign=""),
         )
         for each in analysis["overall"]
+        if each["control"] or each["treatment"]  # else nothing of the kind was reported
     )
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ab_app", "create", "list_", "power", "ramp", "read", "start", "stop"]
 
+_DAY_S = 86_400.0
+_NEXT = {"draft": "; let it run with: domlora ab start", "running": "; see it with: domlora ab analyze"}
+
 ab_app = typer.Typer(
     no_args_is_help=True, help="Compare versions of a bundle, or adapters on and off, on live traffic."
 )
@@ -54,6 +57,18 @@ def create(
         list[str] | None,
         typer.Option("--guardrail", help="`cvr=0.02`: must not fall by more than 2 %; may be given again."),
     ] = None,
+    look_s: Annotated[
+        float, typer.Option("--look-s", help="Seconds from one look to the next; a day, as a rule.")
+    ] = _DAY_S,
+    cuped_s: Annotated[
+        float,
+        typer.Option(
+            "--cuped-s", help="Seconds before the start whose behaviour explains units' differences; 0 for none."
+        ),
+    ] = 14 * _DAY_S,
+    salt: Annotated[
+        str, typer.Option("--salt", help="Of the split into arms, which another salt deals anew; else the name.")
+    ] = "",
 ) -> None:
     """Write a draft."""
     from domlora.abtest.experiments import Experiment
@@ -70,6 +85,9 @@ def create(
         "layer": layer,
         "domains": domains,
         "guardrails": [_guardrail(text) for text in guardrail or ()],
+        "look_s": look_s,
+        "cuped_s": cuped_s,
+        "salt": salt,
     }
     _say(_registry(store).create(Experiment.from_dict(raw)))
 
@@ -175,7 +193,8 @@ def _registry(store: Path) -> Registry:
 
 def _say(experiment: Experiment) -> None:
     share = f"{experiment.share_at(time.time()):.0%} of all units"
-    STDOUT.print(f"{experiment.name}: {experiment.status}, {share}", markup=False, highlight=False, soft_wrap=True)
+    line = f"{experiment.name}: {experiment.status}, {share}{_NEXT.get(experiment.status, '')}"
+    STDOUT.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _arm(text: str) -> dict[str, Any]:
@@ -196,7 +215,7 @@ def _arm(text: str) -> dict[str, Any]:
 def _step(text: str) -> tuple[float, float]:
     """What one ``--share`` says."""
     share, _, day = text.partition("@")
-    return 86_400.0 * _number(day or "0", text), _number(share, text)
+    return _DAY_S * _number(day or "0", text), _number(share, text)
 
 
 def _guardrail(text: str) -> dict[str, Any]:

@@ -102,6 +102,9 @@ def serve(
     flush_s: Annotated[
         float | None, _option("--flush", _TIMES, "Between writes of exposures and feedback.", 1.0)
     ] = None,
+    keep_days: Annotated[
+        float | None, _option("--keep-days", _TIMES, "Exposures and feedback written before are removed.", None)
+    ] = None,
     log_share: Annotated[
         float | None, _option("--log-share", _SEEN, "Of the answers that are logged; failures always are.", 0.0)
     ] = None,

@@ -94,8 +94,11 @@ class _Version:
         for domain, each in state.adapters.items():
             newer = domain in self.own and self.number > each.since
             if each.base == self.base and not newer and domain not in state.removed:
-                file = store.folder / each.file
-                found[domain] = Source(each.version, each.sha256, file, pushed=True, pinned=each.pinned)
+                told = (each.version, each.sha256, True, each.pinned)
+                known = self.sources.get(domain)
+                if known is None or (known.version, known.sha256, known.pushed, known.pinned) != told:
+                    known = Source(each.version, each.sha256, store.folder / each.file, pushed=True, pinned=each.pinned)
+                found[domain] = known
         return found
 
     def show(self, program: Program, resident: Mapping[str, Source]) -> None:
@@ -144,7 +147,7 @@ class Live:
         self._held: set[int] = set()
         self._versions: dict[int, _Version] = {}
         self._seen, self._retry_at = store.content(), 0.0
-        self._state = State.from_json(self._seen)
+        self._state = store.states.read(self._seen)
         if self._state.live is None:
             raise BundleError("the store has no version yet", next_step="Add one with: domlora store add STORE EXPORT")
         self._live = self._opened(self._state.live, self._state, ())
@@ -228,7 +231,7 @@ class Live:
             changed = content != self._seen
             if changed:
                 before = self._state.live
-                self._take_over(State.from_json(content))
+                self._take_over(self.store.states.read(content))
                 self._seen = content
                 self._retry_at = self._retry_at if self._state.live == before else 0.0
             if self._state.live not in (None, self._live.number) and time.monotonic() >= self._retry_at:

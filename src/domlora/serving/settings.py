@@ -16,6 +16,7 @@ __all__ = ["Settings"]
 
 PREFIX = "DOMLORA_"
 _LOOPBACK = ("127.", "::1", "localhost")
+_FLOATS = (float, float | None)
 _LEAST: dict[str, float] = {
     "port": 0,
     "workers": 1,
@@ -35,6 +36,7 @@ _LEAST: dict[str, float] = {
     "poll_s": 0.001,
     "look_s": 0.05,
     "flush_s": 0.01,
+    "keep_days": 0.01,
     "log_share": 0,
     "metrics_domains": 0,
     "rows_timeout_s": 0.001,
@@ -74,6 +76,8 @@ class Settings:
             it; admin routes of a server that has one change nothing.
         look_s: how often one worker of a machine looks there.
         flush_s: how often exposures and feedback go to disk.
+        keep_days: files of them that were written before are removed, once a minute; None keeps them all. An experiment is
+            analyzed from its start on, and CUPED asks for 14 days before.
         log_share: of the answers that are logged, between 0 and 1; failures (5xx but overload) always are.
         metrics_domains: domains with series of their own; later ones are counted as ``other``.
         console: whether the web page is served.
@@ -119,6 +123,7 @@ class Settings:
     store_url: str | None = None
     look_s: float = 0.5
     flush_s: float = 1.0
+    keep_days: float | None = None
     log_share: float = 0.0
     metrics_domains: int = 1_000
     console: bool = True
@@ -194,12 +199,12 @@ class Settings:
 
 
 def _check(name: str, kind: Any, value: Any) -> None:
-    expected = kind | int if kind is float else kind
+    expected = kind | int if kind in _FLOATS else kind
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}", received=value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite", received=value)
-    if name in _LEAST and value < _LEAST[name]:
+    if name in _LEAST and value is not None and value < _LEAST[name]:
         raise ConfigError(f"{name} must be at least {_LEAST[name]}", received=value)
 
 
@@ -209,6 +214,8 @@ def _read(name: str, kind: Any, text: str) -> Any:
     try:
         if kind is bool:
             return words[text.strip().lower()]
-        return kind(text) if kind in (int, float) else text
+        return int(text) if kind is int else float(text) if kind in _FLOATS else text
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{PREFIX}{name.upper()} must be of type {kind.__name__}", received=text) from error
+        raise ConfigError(
+            f"{PREFIX}{name.upper()} must be of type {getattr(kind, '__name__', kind)}", received=text
+        ) from error

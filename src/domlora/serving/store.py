@@ -9,6 +9,7 @@ lock, lock.versions  whose turn it is to write
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from domlora.serving.delta import apply, made_from
 from domlora.serving.folder import MANIFEST, AdaptedLayer, read_facts, read_manifest
 from domlora.serving.payload import Payload, read_payload
 from domlora.serving.program import Program, checked_banks
-from domlora.serving.state import STATE, Adapter, State, check_domain, check_label, file_of
+from domlora.serving.state import STATE, Adapter, State, States, check_domain, check_label, file_of
 from domlora.serving.writing import link_all, link_one, turn, write_whole
 
 __all__ = ["Store"]
@@ -51,6 +52,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._facts: dict[int, dict[str, Any]] = {}
+        self.states = States()
 
     @classmethod
     def create(cls, folder: Path) -> Self:
@@ -104,7 +106,7 @@ class Store:
         Raises:
             BundleError: no store, or its state is damaged.
         """
-        return State.from_json(self.content())
+        return self.states.read(self.content())
 
     def versions(self) -> list[int]:
         """Numbers of the exported versions, in order."""
@@ -386,14 +388,13 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove files of adapters that nobody refers to any more. A process that still reads one keeps it open."""
-        wanted = {Path(adapter.file).name for adapter in self.state().adapters.values()}
-        for each in (self.folder / "adapters").iterdir():
-            if each.name not in wanted:
-                with suppress(OSError):
-                    each.unlink()
+        wanted = {adapter.file.rpartition("/")[2] for adapter in self.state().adapters.values()}
+        for name in set(os.listdir(self.folder / "adapters")) - wanted:
+            with suppress(OSError):
+                (self.folder / "adapters" / name).unlink()
 
     def _put(self, state: State) -> None:
-        write_whole(self.folder / STATE, state.to_json().encode())
+        write_whole(self.folder / STATE, self.states.written(state))
 
     def _writing(self, name: str = "lock", wait_s: float = _WAIT_S) -> AbstractContextManager[None]:
         return turn(self.folder / name, wait_s)

@@ -23,7 +23,8 @@ from domlora.abtest.registry import Registry
 from domlora.adapters.attach import AdapterOptions
 from domlora.bundle import Bundle
 from domlora.data.dataset import Dataset
-from domlora.errors import DataError, EngineError
+from domlora.errors import ConfigError, DataError, DomloraError, EngineError
+from domlora.files import told
 from domlora.serving.export import export
 from domlora.serving.store import Store
 from domlora.simulation.exact import Lift, true_lifts
@@ -53,7 +54,16 @@ def demo(folder: Path, *, port: int = 8000, seconds: float | None = None, rate: 
         seconds: of traffic.
         rate: visits a second.
         say: takes lines.
+
+    Raises:
+        DataError: the folder cannot be written.
+        ConfigError: a number out of range.
+        EngineError: the server did not start, such as on a port that is taken.
     """
+    if rate <= 0 or (seconds is not None and seconds <= 0):
+        raise ConfigError("the demo's rate and seconds must be above 0", received=(rate, seconds))
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     population = Population()
     store = folder / "store"
     if not (store / "state.json").exists():
@@ -128,9 +138,9 @@ def running_server(store: Path, port: int = 0, *options: str) -> Iterator[str]:
     port = port or _free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-c", "from domlora.cli import main; main()", "serve"]
-    told = ["--bundle", str(store), "--port", str(port), *options]
+    words = ["--bundle", str(store), "--port", str(port), *options]
     lines = store.parent / "server.log"
-    with lines.open("ab") as log, subprocess.Popen([*command, *told], stderr=log, process_group=0) as server:
+    with lines.open("ab") as log, subprocess.Popen([*command, *words], stderr=log, process_group=0) as server:
         try:
             _wait_until_ready(url, server, lines)
             yield url
@@ -188,9 +198,13 @@ def _main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--rate", type=float, default=150.0)
-    told = parser.parse_args()
+    given = parser.parse_args()
     with suppress(KeyboardInterrupt):
-        demo(**vars(told), say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush())
+        try:
+            demo(**vars(given), say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush())
+        except DomloraError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from domlora.abtest.analysis import analyze
 from domlora.abtest.experiments import Arm, Experiment, Guardrail
 from domlora.abtest.power import needed
 from domlora.abtest.segments import EXPOSURES, FEEDBACK
-from domlora.abtest.statistics import Columns, compare, interval, moments_of
+from domlora.abtest.statistics import Columns, compare, interval, moments_of, student
 from domlora.errors import DataError
 
 KEPT = ["shown", "clicks", "conversions", "payers", "value"]
@@ -157,7 +157,7 @@ def test_lifts_of_every_metric(rows: Rows, log: Path) -> None:
     now, new = moments(table, "now"), moments(table, "wide")
     for metric, (over, under) in {"ctr": (2, 1), "cvr": (3, 2), "payers": (4, 0), "value": (5, 0)}.items():
         one = compare(now, new, Columns(over, under))
-        low, high = interval(one, 1.959963984540054)
+        low, high = interval(one, student(1.959963984540054, one.freedom))
         got = found[metric]
         assert np.allclose([got.control, got.treatment, got.lift, got.low, got.high],
                            [one.control, one.treatment, one.lift, low, high])  # fmt: skip
@@ -190,6 +190,36 @@ def test_a_broken_split_says_so_and_shows_no_lift(tmp_path: Path) -> None:
     assert "do not fit their weights" in found.decision.reasons[0]
     assert not found.overall
     assert "broken split" in found.to_markdown()
+
+
+def test_a_small_loss_is_seen_by_all_looks_together(tmp_path: Path) -> None:
+    """Neither day is far off by itself; at a plan that is nearly reached, the boundary is 2.6 standard errors."""
+    rows = make_rows(num_units=4000, seed=17)
+    now, wide = (np.unique(rows.unit[rows.arm == arm]) for arm in ("now", "wide"))
+    lost = (rows.arm == "wide") & np.isin(rows.unit, wide[len(now) - round(3 * np.sqrt(2 * len(now))) :])
+    log = write_log(tmp_path, Rows(*(column[~lost] for column in rows)))
+    found, patient = (analyze(running(effect=effect), log, until_s=24 * DAY) for effect in (0.09, 0.01))
+    assert 0.0001 < found.sample_ratio.p_value < 0.01
+    assert found.sample_ratio.broken
+    assert found.decision.next_step.startswith("Stop it; look for lost")
+    assert not patient.sample_ratio.broken, "a plan of a hundred times the data has spent nothing yet"
+
+
+def test_the_first_look_waits_for_clicks(log: Path) -> None:
+    early = analyze(running(effect=0.1), log, until_s=15 * DAY)
+    rare = analyze(running(effect=0.1, primary="value"), log, until_s=15 * DAY)
+    assert len(early.looks["wide"]) == 1
+    assert rare.looks["wide"] == ()
+    assert "some hundreds of conversions" in rare.decision.reasons[0]
+    assert "may be anything from" in early.decision.reasons[0]
+
+
+def test_an_arm_that_is_never_clicked_is_stopped(tmp_path: Path) -> None:
+    rows = make_rows(seed=8)
+    dead = rows._replace(click=rows.click & (rows.arm != "wide"), conversion=rows.conversion & (rows.arm != "wide"))
+    found = analyze(running(effect=0.1), write_log(tmp_path, dead), until_s=24 * DAY)
+    assert found.decision.verdict == "stop"
+    assert "falls by 99.9 %" in found.decision.reasons[0]
 
 
 def test_weights_are_what_the_split_is_held_to(tmp_path: Path) -> None:

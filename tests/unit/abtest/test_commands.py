@@ -65,8 +65,16 @@ def test_ramp_from_the_command_line(tmp_path: Path) -> None:
     assert "bare: running, 10% of all units" in run("start", tmp_path, "bare")
     assert "bare: running, 40% of all units" in run("ramp", tmp_path, "bare", "0.4")
     found = Registry.open(tmp_path / "experiments").get("bare")
+    assert (found.look_s, found.cuped_s, found.salt) == (DAY, 14 * DAY, "")
     assert found.domains == ("toys",)
     assert not found.arms[1].adapters
+
+
+def test_looks_the_period_before_and_the_salt(tmp_path: Path) -> None:
+    told = ("--look-s", "3600", "--cuped-s", "0", "--salt", "again")
+    assert "domlora ab start" in run("create", tmp_path, "hours", "--arm", "now", "--arm", "bare,adapters=off", *told)
+    found = Registry.open(tmp_path / "experiments").get("hours")
+    assert (found.look_s, found.cuped_s, found.salt) == (3600.0, 0.0, "again")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,8 @@ def test_ramp_from_the_command_line(tmp_path: Path) -> None:
         (("--arm", "now", "--arm", "wide,weight=x"), "takes a number"),
         (("--arm", "now", "--arm", "wide,version=1.5"), "takes a whole number"),
         (("--arm", "now"), "two or more arms"),
+        (("--arm", "now", "--arm", "wide", "--look-s", "0"), "times must be seconds"),
+        (("--arm", "now", "--arm", "wide", "--salt", "A b"), "the name of a salt"),
         (("--arm", "now", "--arm", "wide", "--guardrail", "clicks=1"), "unknown metric"),
     ],
 )

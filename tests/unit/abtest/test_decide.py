@@ -25,8 +25,8 @@ def judged(*looks: Look, rails: tuple[Watched, ...] = (), domains: tuple[Lift, .
 @pytest.mark.parametrize(
     ("looks", "verdict", "text"),
     [
-        ((), "not enough data yet", "too little information"),
-        ((look(0, -0.2, 0.3, 0.05), look(1, -0.1, 0.2, 0.1)), "not enough data yet", "10% of the planned information"),
+        ((), "not enough data yet", "some 100 clicks"),
+        ((look(0, -0.2, 0.3, 0.05), look(1, -0.1, 0.2, 0.1)), "not enough data yet", "10% of the plan's data"),
         ((look(0, -0.2, 0.3, 0.05), look(1, -0.1, 0.2, 0.1)), "not enough data yet", "the rest in about 18 days"),
         ((look(9, 0.004, 0.02),), "ship", "rises by 1.2 %"),
         ((look(9, 0.004, 0.02), look(10, -0.001, 0.02)), "ship", "rises by"),

@@ -166,8 +166,8 @@ class Queue:
 
 
 def test_a_queue_in_place_of_files_and_a_bound_on_what_waits(caplog: pytest.LogCaptureFixture) -> None:
-    sink = Queue()
-    log = EventLog(sink=sink, flush_s=3600.0, max_pending_rows=10)
+    sink, told = Queue(), []
+    log = EventLog(sink=sink, flush_s=3600.0, max_pending_rows=10, tell=lambda *counts: told.append(counts))
     for number in range(4):
         expose(log, number)
     assert (log.pending, log.dropped) == (8, 8)
@@ -175,8 +175,10 @@ def test_a_queue_in_place_of_files_and_a_bound_on_what_waits(caplog: pytest.LogC
     assert log.happened(Feedback("r", 1, "click", 1.0, 0.0)) == 1
     assert not log.flush()
     assert "events dropped" in caplog.messages
+    assert told == [(9, 11)], "eight rows and three of the feedback were dropped"
     sink.open = True
     assert log.flush()
+    assert told[-1] == (0, 11)
     assert [(kind, len(table)) for kind, table in sink.tables] == [("exposures", 8), ("feedback", 1)]
     assert log.happened(Feedback("r", 0, "click", 1.0, 0.0)) == 1, "what was refused was not remembered"
     log.close()
@@ -360,6 +362,38 @@ def test_feedback_that_another_process_received_is_heard(tmp_path: Path) -> None
     log.happened(Feedback("r1", 0, "click", 1.0, 0.0))
     log.close()
     assert sums == [("toys", pytest.approx(float(some(1).sum())), 2.0, 4)]
+
+
+class Slow(Queue):
+    """While it writes, requests are answered and clicked, here and by another process."""
+
+    def __init__(self, other: EventLog) -> None:
+        super().__init__()
+        self.open, self.other, self.log = True, other, None
+
+    def write(self, kind: str, table: pa.Table) -> None:
+        super().write(kind, table)
+        if self.log is not None and kind == "exposures":
+            log, self.log = self.log, None
+            for number in (2, 3):
+                expose(log, number)
+            log.happened(Feedback("r2", 0, "click", 1.0, 0.0))
+            self.other.happened(Feedback("r3", 0, "click", 1.0, 0.0))
+            self.other.flush()
+
+
+def test_what_is_clicked_while_a_file_is_written_is_not_forgotten(tmp_path: Path) -> None:
+    sums: list[Any] = []
+    sink = Slow(EventLog(tmp_path, flush_s=3600.0))
+    observer = Observer(told_to(sums), window_s=1e12, others=tmp_path, writer="mine")
+    sink.log = log = EventLog(sink=sink, flush_s=3600.0, observer=observer)
+    expose(log, 1)
+    log.flush()
+    log.flush()
+    observer.tell(1e13)
+    assert sums == [("toys", pytest.approx(3 * float(some(2).sum())), 2.0, 12)]
+    log.close()
+    sink.other.close()
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:

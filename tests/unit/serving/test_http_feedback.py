@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from domlora.abtest.log import Feedback
+from domlora.errors import ConfigError
 from domlora.serving.http.answers import Answer, Request
 from domlora.serving.http.feedback import feedback, open_log
 from domlora.serving.http.metrics import Metrics
@@ -48,6 +51,29 @@ def logged(service: Service) -> list[dict[str, Any]]:
     assert service.log.flush()
     assert service.log.folder is not None
     return pq.read_table(service.log.folder / "feedback").to_pylist()
+
+
+def test_old_files_of_the_log_are_removed_and_what_waits_is_a_metric(store: Store, tmp_path: Path) -> None:
+    settings, metrics = Settings.told({"bundle": store.folder, "keep_days": 7}, {}), Metrics()
+    assert Settings.told({"bundle": "live"}, {"DOMLORA_KEEP_DAYS": "0.5"}).keep_days == 0.5
+    assert Settings.from_json(settings.to_json()) == settings
+    assert Settings(store.folder).keep_days is None, "nothing is removed unless it is asked for"
+    for wrong in ({"keep_days": 0.0}, {"keep_days": "7"}):
+        with pytest.raises(ConfigError, match="keep_days must be"):
+            Settings(store.folder, **wrong)
+    log = open_log(tmp_path / "log", settings, metrics)
+    log.happened(Feedback("r1", 0, "click", 1.0, 0.0))
+    log.flush()
+    [path] = (tmp_path / "log" / "feedback").glob("*.parquet")
+    old = f"{time.time_ns() - 8 * 86_400 * 10**9:020d}{path.name[20:]}"
+    path.rename(path.with_name(old))
+    log.happened(Feedback("r2", 0, "click", 1.0, 0.0))
+    log.flush()
+    log._tidied = -1e9  # a minute has passed
+    log._tidy()
+    log.close()
+    assert [row["request_id"] for row in pq.read_table(tmp_path / "log" / "feedback").to_pylist()] == ["r2"]
+    assert b"domlora_events_waiting 0.0" in metrics.expose()
 
 
 def test_events_reach_the_log(service: Service) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import uvloop
 
 from domlora.errors import ConfigError, DataError
+from domlora.serving.http.answers import Answer, Request
 from domlora.serving.http.limits import Admission, TooLargeError, TooSlowError, inflate, read_body
 from domlora.serving.http.metrics import Metrics
 from domlora.serving.http.protocol import ServerConfig, Shared
@@ -38,9 +40,10 @@ SETTINGS = Settings(
 class Running:
     """A server in a thread, and a client of bytes."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, scores: bool = False) -> None:
         self.metrics = Metrics()
         self.shared = Shared(settings, self.metrics)
+        self.shared.scorer = self.score if scores else None
         door = Door(self.shared)
         door.app = self.app
         self.settings = settings
@@ -76,6 +79,16 @@ class Running:
         )
         await send({"type": "http.response.body", "body": body})
 
+    def score(self, asked: Request) -> Answer:
+        self.arrived.append(time.perf_counter() - asked.arrived)
+        time.sleep(float(next(iter(asked.query), 0)))
+        try:
+            encoding = asked.headers.get(b"content-encoding")
+            body = inflate(asked.body, encoding, self.settings.max_body_bytes) if encoding else asked.body
+        except DataError as error:
+            return Answer(413 if isinstance(error, TooLargeError) else 400, str(error).encode())
+        return Answer(200, b"%d" % len(body) + asked.headers.get(b"x-more", b"") * 50_000)
+
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=5)
 
@@ -98,14 +111,15 @@ def rest_of(sock: socket.socket) -> bytes:
     return came
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    running = Running(SETTINGS)
+@pytest.fixture(scope="module", params=[False, True], ids=["application", "scorer"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """Requests to score are answered by the application, as all others are, or by a scorer beside it."""
+    running = Running(SETTINGS, scores=request.param)
     yield running
     running.stop()
 
 
-def request(path: str, body: bytes, *headers: str, method: str = "POST") -> bytes:
+def asking(path: str, body: bytes, *headers: str, method: str = "POST") -> bytes:
     return "\r\n".join([f"{method} {path} HTTP/1.1", "host: x", *headers, "", ""]).encode() + body
 
 
@@ -115,7 +129,7 @@ def status_of(answer: bytes) -> int:
 
 def test_a_request_is_answered_and_its_arrival_noted(server: Running) -> None:
     for path in ("/v1/score", "/other"):
-        answer = server.ask(request(path, b"12345", "content-length: 5", "connection: close"))
+        answer = server.ask(asking(path, b"12345", "content-length: 5", "connection: close"))
         assert status_of(answer) == 200
         assert answer.endswith(b"\r\n5")
         assert 0 < server.arrived[-1] < 1
@@ -123,7 +137,7 @@ def test_a_request_is_answered_and_its_arrival_noted(server: Running) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/score", "/v2/models/m/infer", "/other"])
 def test_more_bytes_than_allowed_are_413_before_they_are_sent(server: Running, path: str) -> None:
-    answer = server.ask(request(path, b"", "content-length: 314572800"))
+    answer = server.ask(asking(path, b"", "content-length: 314572800"))
     assert status_of(answer) == 413
 
 
@@ -131,7 +145,7 @@ def test_more_bytes_than_allowed_are_413_before_they_are_sent(server: Running, p
 def test_a_chunked_body_without_end_is_cut_off(server: Running, path: str) -> None:
     chunk, sent = b"1000\r\n" + b"x" * 4096 + b"\r\n", 0
     with server.connect() as sock:
-        sock.sendall(request(path, b"", "transfer-encoding: chunked"))
+        sock.sendall(asking(path, b"", "transfer-encoding: chunked"))
         sock.settimeout(0.001)
         answer = b""
         while not answer and sent < 300 << 20:
@@ -145,7 +159,7 @@ def test_a_chunked_body_without_end_is_cut_off(server: Running, path: str) -> No
 
 
 def test_what_follows_a_body_is_another_request(server: Running) -> None:
-    answer = server.ask(request("/v1/score", b"12345" + b"y" * 500 + b"\r\n\r\n", "content-length: 5"))
+    answer = server.ask(asking("/v1/score", b"12345" + b"y" * 500 + b"\r\n\r\n", "content-length: 5"))
     assert status_of(answer) == 200
     assert answer.endswith(b"\r\n5")
     assert answer.count(b"HTTP/1.1") == 1
@@ -155,7 +169,7 @@ def test_a_compressed_body_comes_out_within_the_cap(server: Running) -> None:
     good, bomb = gzip.compress(b"a" * 9_000), gzip.compress(b"a" * 100_000_000)
     for body, status in ((good, 200), (bomb[:9_000], 413)):
         told = (f"content-length: {len(body)}", "content-encoding: gzip", "connection: close")
-        assert status_of(server.ask(request("/v1/score", body, *told))) == status
+        assert status_of(server.ask(asking("/v1/score", body, *told))) == status
 
 
 def test_slow_headers_and_bodies_are_closed_in_time(server: Running) -> None:
@@ -176,11 +190,11 @@ def test_slow_headers_and_bodies_are_closed_in_time(server: Running) -> None:
                     break
         return time.perf_counter() - began, answer
 
-    for start in (b"", b"POST /v1/score HTTP/1.1\r\nx-slow: ", request("/v1/score", b"", "content-length: 9999")):
+    for start in (b"", b"POST /v1/score HTTP/1.1\r\nx-slow: ", asking("/v1/score", b"", "content-length: 9999")):
         seconds, answer = trickle(start)
         assert 0.3 < seconds < 2.0
         assert not answer or status_of(answer) in (400, 408)
-    seconds, _ = trickle(request("/other", b"", "content-length: 9999"))
+    seconds, _ = trickle(asking("/other", b"", "content-length: 9999"))
     assert seconds < 3.0
 
 
@@ -194,7 +208,7 @@ def test_what_is_no_http_is_400(server: Running) -> None:
 
 def test_an_idle_connection_is_closed_later_than_a_slow_one(server: Running) -> None:
     with server.connect() as sock:
-        sock.sendall(request("/v1/score", b"1", "content-length: 1"))
+        sock.sendall(asking("/v1/score", b"1", "content-length: 1"))
         assert sock.recv(65536)
         began = time.perf_counter()
         assert sock.recv(65536) == b""
@@ -203,16 +217,37 @@ def test_an_idle_connection_is_closed_later_than_a_slow_one(server: Running) -> 
 
 def test_curl_is_told_to_go_on(server: Running) -> None:
     with server.connect() as sock:
-        sock.sendall(request("/v1/score", b"", "content-length: 3", "expect: 100-continue", "connection: close"))
+        sock.sendall(asking("/v1/score", b"", "content-length: 3", "expect: 100-continue", "connection: close"))
         assert sock.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b"abc")
         assert rest_of(sock).endswith(b"\r\n3")
 
 
 def test_pipelined_requests_are_answered_in_their_order(server: Running) -> None:
-    parts = [request("/v1/score", b"x" * n, f"content-length: {n}") for n in (1, 2, 3)]
-    answer = server.ask(*parts, request("/other", b"", "connection: close"))
+    parts = [asking("/v1/score", b"x" * n, f"content-length: {n}") for n in (1, 2, 3)]
+    answer = server.ask(*parts, asking("/other", b"", "connection: close"))
     assert [part[:1] for part in answer.split(b"\r\n\r\n")[1:]] == [b"1", b"2", b"3", b"0"]
+
+
+def test_a_client_that_does_not_read_gets_its_answers_one_after_another() -> None:
+    running, long = Running(replace(SETTINGS, max_wait_s=10.0), scores=True), 50_001
+    try:
+        with running.connect() as sock:
+            asks = asking("/v1/score", b"1", "content-length: 1", "x-more: 7")
+            last = asking("/v1/score", b"1", "content-length: 1", "x-more: 7", "connection: close")
+            sender = threading.Thread(target=sock.sendall, args=(asks * 200 + last,))
+            sender.start()
+            time.sleep(0.2)
+            waiting = sum(
+                connection.transport.get_write_buffer_size() for connection in running.server.server_state.connections
+            )
+            came = rest_of(sock)
+            sender.join()
+    finally:
+        running.stop()
+    assert 0 < waiting < 4 * long + 65536  # who does not read is not computed for
+    assert came.count(b"HTTP/1.1 200 OK") == 201
+    assert came.count(b"7" * 50_000) == 201
 
 
 def test_one_connection_too_many_is_answered_503(server: Running) -> None:
@@ -230,7 +265,7 @@ def test_one_connection_too_many_is_answered_503(server: Running) -> None:
 
 def test_who_would_wait_too_long_is_refused_and_counted() -> None:
     running = Running(Settings(Path("bundle"), max_wait_s=0.02, drain_s=0.0))
-    asks = [request("/v1/score?0.01", b"[]", "content-length: 2", "connection: close")] * 40
+    asks = [asking("/v1/score?0.01", b"[]", "content-length: 2", "connection: close")] * 40
     try:
         running.ask(asks[0])
         sockets = [running.connect() for _ in asks]

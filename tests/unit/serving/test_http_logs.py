@@ -8,20 +8,33 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from domlora.errors import ConfigError
+from domlora.serving.http.answers import Answer, Request
 from domlora.serving.http.logs import JsonLines, Logged, log_to
 from domlora.serving.http.tracing import Traced, tracer_to
+
+HEADERS = ((b"x-domlora-bundle", b"3"), (b"x-request-id", b"r-1"), (b"x-domlora-adapter", b"toys@2"))
 
 
 def answering(status: int) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        headers = [(b"x-domlora-bundle", b"3"), (b"x-request-id", b"r-1"), (b"x-domlora-adapter", b"toys@2")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": HEADERS})
         await send({"type": "http.response.body", "body": b"{}"})
+
+    return app
+
+
+def beside(around: Logged | Traced, status: int) -> Any:
+    """The same, of what is around a scorer."""
+    scorer = around.around(lambda _: Answer(status, b"{}", headers=HEADERS))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scorer(Request(scope["method"], scope["path"], {}, dict(scope["headers"]), b"", time.perf_counter()))
 
     return app
 
@@ -56,8 +69,9 @@ def written(app: Any, times: int = 1) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def test_a_line_says_what_the_answer_was() -> None:
-    (line,) = written(Logged(answering(200), 1.0))
+@pytest.mark.parametrize("app", [Logged(answering(200), 1.0), beside(Logged(answering(503), 1.0), 200)])
+def test_a_line_says_what_the_answer_was(app: Any) -> None:
+    (line,) = written(app)
     assert line.pop("ms") >= 0
     assert line.pop("time").endswith("Z")
     assert line == {
@@ -78,6 +92,7 @@ def test_a_line_says_what_the_answer_was() -> None:
 )
 def test_a_share_is_logged_and_every_failure(status: int, share: float, expected: int) -> None:
     assert len(written(Logged(answering(status), share), 20)) == expected
+    assert len(written(beside(Logged(answering(200), share), status), 20)) == expected
 
 
 def test_a_sample_is_about_its_share() -> None:
@@ -145,6 +160,7 @@ def test_spans_reach_a_collector() -> None:
     thread.start()
     tracer = tracer_to(f"http://127.0.0.1:{collector.server_port}/v1/traces", "live")
     ask(Traced(answering(500), tracer))
+    ask(beside(Traced(answering(200), tracer), 500))
     tracer.span_processor.force_flush()
     thread.join(5)
     collector.server_close()
@@ -152,11 +168,13 @@ def test_spans_reach_a_collector() -> None:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     (resource,) = ExportTraceServiceRequest.FromString(bodies[0]).resource_spans
-    (span,) = resource.scope_spans[0].spans
-    facts = {each.key: each.value for each in span.attributes}
-    assert span.trace_id.hex() == PARENT.decode().split("-")[1]
-    assert facts["http.response.status_code"].int_value == 500
-    assert facts["domlora.bundle"].string_value == "3"
+    spans = resource.scope_spans[0].spans
+    assert len(spans) == 2
+    for span in spans:
+        facts = {each.key: each.value for each in span.attributes}
+        assert span.trace_id.hex() == PARENT.decode().split("-")[1]
+        assert facts["http.response.status_code"].int_value == 500
+        assert facts["domlora.bundle"].string_value == "3"
     assert any(
         each.key == "service.name" and each.value.string_value == "live" for each in resource.resource.attributes
     )

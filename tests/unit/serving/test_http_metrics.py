@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from domlora.serving.http.metrics import Metrics
@@ -18,6 +19,8 @@ metrics.started()
 for _ in range(int(sys.argv[3])):
     metrics.answered("score", 200, "toys", 64, 0.002)
 metrics.serves("7")
+metrics.logged(10, 2)
+metrics.logged(6, 3)
 print(metrics.expose().decode())
 """
 
@@ -46,6 +49,35 @@ def test_every_answer_is_counted_once() -> None:
     assert found["domlora_rows_total", ("toys",)] == 128
     assert found["domlora_request_seconds_count", ("score",)] == 5
     assert found["domlora_request_seconds_bucket", ("0.005", "score")] == 4
+
+
+def test_latency_by_domain_is_that_of_answers_with_scores() -> None:
+    metrics = Metrics(max_domains=2)
+    metrics.know(["toys", "books", "late"])
+    answers = [("score", 200, "toys", 64, 0.0015), ("score", 200, "toys", 8, 0.2), ("infer", 200, "books", 1, 0.004)]
+    refused = [("score", 400, "toys", 0, 9.0), ("feedback", 200, None, 0, 9.0)]
+    strange = [("score", 200, name, 1, 0.004) for name in ("late", "made up", "another")]
+    several = [("score", 200, None, 10, 0.02)]
+    metrics.answered_all([*answers, *refused, *strange, *several])
+    found = samples(metrics.expose())
+    counts = {labels[0]: n for (name, labels), n in found.items() if name == "domlora_domain_request_seconds_count"}
+    assert counts == {"toys": 2, "books": 1, "other": 3, "": 1}
+    assert found["domlora_domain_request_seconds_sum", ("toys",)] == pytest.approx(0.2015)
+    assert found["domlora_domain_request_seconds_bucket", ("toys", "0.005")] == 1
+    assert found["domlora_domain_requests_total", ("toys", "400")] == 1
+
+
+def test_many_answers_at_once_count_as_one_by_one() -> None:
+    one, all_ = Metrics(), Metrics()
+    answers = [("score", (200, 503)[n % 3 == 0], ("toys", "tv", None)[n % 3], n % 4, 0.001 * n) for n in range(60)]
+    for metrics in (one, all_):
+        metrics.know(["toys"])
+    for answer in answers:
+        one.answered(*answer)
+    all_.answered_all(answers)
+    known = [name for name in samples(one.expose()) if not name[0].endswith("_created")]
+    found = [{name: samples(metrics.expose())[name] for name in known} for metrics in (one, all_)]
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_what_was_predicted_and_what_happened() -> None:
@@ -107,4 +139,8 @@ def test_workers_count_together_and_a_new_one_goes_on(tmp_path: Path) -> None:
     assert found["domlora_rows_total", ("toys",)] == 12 * 64
     assert found["domlora_worker_starts_total", ()] == 3
     assert found["domlora_bundle_version", ()] == 7
-    assert len(list(tmp_path.iterdir())) == 2 * 3  # counter, gauge, histogram of two places
+    assert found["domlora_events_waiting", ()] == 2 * 6  # the third process counts in place of the first
+    assert found["domlora_events_dropped_total", ()] == 3 * 3
+    assert found["domlora_domain_request_seconds_count", ("toys",)] == 12
+    assert found["domlora_domain_request_seconds_bucket", ("toys", "0.005")] == 12
+    assert len(list(tmp_path.iterdir())) == 2 * 4  # counter, histogram and two kinds of gauge, of two places

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from domlora.serving.settings import Settings
+
 HERE, SOURCE = Path(__file__).parent, Path(__file__).parents[3] / "src"
 START = """
 import sys
@@ -127,6 +129,12 @@ def test_who_waits_for_a_hanging_worker_is_told_in_time(two: Started) -> None:
     assert counts['domlora_rejected_total{reason="hung"}'] == len(late)
     assert counts['domlora_requests_total{route="refused",status="504"}'] == len(late)
     assert two.events("hung")[-1]["answered_504"] == len(late)
+
+
+def test_there_is_room_for_connections_before_they_come(two: Started) -> None:
+    """The kernel's table of open files; to double it while connections come stops a process for milliseconds."""
+    told = Path(f"/proc/{two.pid()}/status").read_text()
+    assert int(told.split("FDSize:")[1].split()[0]) > Settings(Path("x")).max_connections
 
 
 def test_what_fails_is_logged_and_the_worker_goes_on(two: Started) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -9,15 +14,17 @@ from unittest import mock
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from domlora.abtest.analysis import analyze
 from domlora.abtest.experiments import Arm, Experiment
 from domlora.abtest.log import EventLog
 from domlora.abtest.segments import reading
+from domlora.cli import app
 from domlora.errors import ConfigError, EngineError
 from domlora.serving.store import Store
 from domlora.simulation.accelerated import Audience, write_log
-from domlora.simulation.demo import compare_with_truth, make_store, running_server, start_experiment
+from domlora.simulation.demo import compare_with_truth, demo, make_store, running_server, start_experiment
 from domlora.simulation.exact import true_lifts
 from domlora.simulation.population import Population
 from domlora.simulation.traffic import Traffic
@@ -92,8 +99,19 @@ def test_bad_numbers_are_refused() -> None:
         Traffic("http://127.0.0.1:1", POPULATION).run(visits=1)
 
 
-def test_traffic_through_a_server(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", POPULATION, num_rows=6000, epochs=2)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("demo") / "store", POPULATION, num_rows=6000, epochs=2)
+
+
+@pytest.fixture
+def store(made: Store, tmp_path: Path) -> Store:
+    """One of its own for each test."""
+    shutil.copytree(made.folder, tmp_path / "store")
+    return Store.open(tmp_path / "store")
+
+
+def test_traffic_through_a_server(store: Store, tmp_path: Path) -> None:
     experiment = start_experiment(tmp_path / "store")
     with running_server(tmp_path / "store") as url:
         tally = Traffic(url, POPULATION, connections=1).run(visits=300)
@@ -107,3 +125,64 @@ def test_traffic_through_a_server(tmp_path: Path) -> None:
     assert len([row for row in events if row["event"] == "click"]) == 2 * tally.clicks
     truth = true_lifts(Store.open(store.folder), experiment, POPULATION, num_visits=500)
     assert f"truth is {truth['adapted']}" in compare_with_truth(tmp_path / "store", experiment.name, truth)
+
+
+def simulate(*words: object) -> str:
+    found = CliRunner().invoke(app, ["simulate", *map(str, words)], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_the_command_and_two_workers_with_feedback(store: Store) -> None:
+    """Connections go to both workers, whose logs and counts are one: nothing is lost or told twice."""
+    start_experiment(store.folder)
+    told = ("--users", 300, "--visits", 400, "--connections", 24)
+    with running_server(store.folder, 0, "--workers", "2", "--flush", "0.2") as url:
+        until = time.monotonic() + 60
+        while (store.folder.parent / "server.log").read_text().count('"event": "ready"') < 2:
+            assert time.monotonic() < until, "a worker did not start"
+            time.sleep(0.05)
+        said = simulate("--url", url, *told, "--store", store.folder)
+        time.sleep(1.0)  # what was counted is told some times a second
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            counts = answer.read().decode()
+    assert said.startswith("400 visits in ")
+    assert "own-adapters adapted: " in said
+    assert "own-adapters: " in said.splitlines()[-1]
+    assert "the truth is" in said.splitlines()[-1]
+    with reading(store.folder / "log") as found:
+        shown, events = (pq.read_table(paths).to_pylist() for paths in (found["exposures"], found["feedback"]))
+    assert len({path.name.split("-")[1] for path in found["exposures"]}) == 2, "both workers wrote"
+    places = {(row["request_id"], row["row"]) for row in shown}
+    assert len(places) == len(shown) == 400 * POPULATION.num_candidates
+    clicks = [(event["request_id"], event["row"]) for event in events if event["event"] == "click"]
+    assert len(set(clicks)) == len(clicks) == int(said.split(" clicks")[0].split()[-1].replace(",", ""))
+    assert set(clicks) <= places
+    assert 'domlora_requests_total{route="score",status="200"} 400.0' in counts
+    assert "domlora_events_dropped_total 0.0" in counts
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--url", "localhost:8000"), "like http"),
+        (("--visits", "5", "--seconds", "5"), "seconds or visits"),
+        (("--rate", "-1"), "must be above 0"),
+        (("--users", "0"), "users"),
+    ],
+)
+def test_options_that_make_no_sense(words: tuple[str, ...], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        simulate("--url", "http://127.0.0.1:1", *words)
+
+
+def test_the_demo_ends_with_a_line_and_not_with_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "domlora.simulation.demo", "--folder", str(tmp_path / "file"), "--seconds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    with pytest.raises(ConfigError, match="must be above 0"):
+        demo(tmp_path / "new", rate=-1.0, say=print)
+    assert not (tmp_path / "new").exists(), "nothing was trained for it"

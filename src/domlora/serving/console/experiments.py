@@ -138,4 +138,8 @@ def _decision(decision: Mapping[str, Any]) -> dict[str, Any]:
         "not enough data yet": "Not enough data yet: go on.",
     }
     verdict = decision["verdict"]
-    return {"kind": _KINDS.get(verdict, "plain"), "title": titles[verdict], "words": list(decision["reasons"])}
+    return {
+        "kind": _KINDS.get(verdict, "plain"),
+        "title": titles[verdict],
+        "words": [*decision["reasons"], f"{decision['next_step']}."],
+    }

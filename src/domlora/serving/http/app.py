@@ -13,13 +13,13 @@ from domlora.serving.console import handlers as console
 from domlora.serving.http import admin, v2
 from domlora.serving.http.answers import Answer, Handler, NotFoundError, Request, json_answer, reason_of, refusal
 from domlora.serving.http.feedback import feedback
-from domlora.serving.http.limits import read_body
-from domlora.serving.http.logs import App, Receive, Scope, Send
+from domlora.serving.http.limits import inflate, read_body
+from domlora.serving.http.logs import Receive, Scope, Send
 from domlora.serving.http.metrics import CONTENT_TYPE
 from domlora.serving.http.score import scored
 from domlora.serving.http.service import Service
 
-__all__ = ["make_app"]
+__all__ = ["Application", "make_app"]
 
 _LOG = logging.getLogger("domlora.serving")
 _FAILED = 500
@@ -42,7 +42,7 @@ class _Route(NamedTuple):
     slow: bool = False
 
 
-def make_app(service: Service) -> App:
+def make_app(service: Service) -> Application:
     """The application of a service.
 
     Its routes are few and most are whole paths: one look into a dictionary finds them. Handlers are called on the event
@@ -51,10 +51,16 @@ def make_app(service: Service) -> App:
     Args:
         service: what handlers share.
     """
-    return _Application(service)
+    return Application(service)
 
 
-class _Application:
+class Application:
+    """An application of ASGI; :meth:`score` is the shorter way for requests that score.
+
+    Args:
+        service: what handlers share.
+    """
+
     def __init__(self, service: Service) -> None:
         self._service = service
         self._routes = _routes(service)
@@ -70,10 +76,7 @@ class _Application:
         try:
             answer = await self._answer(route, scope, receive, arrived)
         except Exception as error:
-            answer = refusal(error)
-            if answer.status == _FAILED:
-                _LOG.exception("failed", extra={"fields": {"route": route.name}})
-            self._service.metrics.rejected(reason_of(error))
+            answer = self._refused(route, error)
         self._service.answered(route.name, answer, perf_counter() - arrived)
         body = answer.body
         headers = [
@@ -83,6 +86,27 @@ class _Application:
         ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def score(self, request: Request) -> Answer:
+        """Answer a request to a scoring path, whose body is whole and as it came."""
+        route = self._routes.get(request.path) or self._found(request.path)
+        try:
+            encoding = request.headers.get(b"content-encoding")
+            if encoding:
+                body = inflate(request.body, encoding, self._service.settings.max_body_bytes)
+                request = request._replace(body=body)
+            answer = route.handler(self._service, request)
+        except Exception as error:
+            answer = self._refused(route, error)
+        self._service.answered(route.name, answer, perf_counter() - request.arrived)
+        return answer
+
+    def _refused(self, route: _Route, error: Exception) -> Answer:
+        answer = refusal(error)
+        if answer.status == _FAILED:
+            _LOG.error("failed", exc_info=error, extra={"fields": {"route": route.name}})
+        self._service.metrics.rejected(reason_of(error))
+        return answer
 
     async def _answer(self, route: _Route, scope: Scope, receive: Receive, arrived: float) -> Answer:
         method, raw = scope["method"], scope["query_string"]

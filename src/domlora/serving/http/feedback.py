@@ -58,13 +58,20 @@ def open_log(folder: Path, settings: Settings, metrics: Metrics) -> EventLog:
 
     Args:
         folder: ``STORE/log``; workers share it.
-        settings: ``flush_s``, and ``workers``: where there are several, they learn from each other's segments.
+        settings: ``flush_s``, ``keep_days``, and ``workers``: if there are several, they learn from each other's segments.
         metrics: of this worker.
     """
     files = SegmentFiles(folder)
     others = folder if settings.workers > 1 else None
     observer = Observer(metrics.observed, others=others, writer=files.writer)
-    return EventLog(folder, sink=files, flush_s=settings.flush_s, observer=observer)
+    return EventLog(
+        folder,
+        sink=files,
+        flush_s=settings.flush_s,
+        keep_days=settings.keep_days,
+        observer=observer,
+        tell=metrics.logged,
+    )
 
 
 def feedback(service: Service, request: Request) -> Answer:

@@ -17,7 +17,7 @@ __all__ = ["Admission", "BusyError", "TooLargeError", "TooSlowError", "inflate",
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
-_SLICE_S = 0.002  # of computing between two looks at the sockets: what a refusal waits for
+_SLICE_S = 0.001  # of computing between two looks at the sockets: what a refusal waits for
 _LONG_SLICE_S = 0.02  # where refusals take so much of a pass that they must wait, or nothing would be computed
 _LATE = 1.5  # times max_wait_s: an accepted request that waited so long after all is refused
 BYTES_A_SECOND = 100_000  # a slower body is a slow client's
@@ -44,16 +44,16 @@ def is_scoring(path: str) -> bool:
     >>> is_scoring("/v1/score"), is_scoring("/v2/models/live/infer"), is_scoring("/v2/health/ready")
     (True, True, False)
     """
-    return path == "/v1/score" or path.endswith("/infer")
+    return path == "/v1/score" or (path.endswith("/infer") and path.startswith("/v2/models/"))
 
 
 class Admission:
     """Bounded waiting for an event loop that computes.
 
     Requests whose bytes are all there wait here and not as tasks, so that it is known how many wait. In each pass of the
-    loop those of the next 2 ms are started; then sockets are read again, and who would wait longer than ``max_wait_s``
-    is refused at once, for the price of parsing its headers. The time of a request is learned from the passes. Clients that
-    ask again at once wait longer for a refusal, so that at least a third of the time is for answers.
+    loop those of the next millisecond are answered; then sockets are read again, and who would wait longer than
+    ``max_wait_s`` is refused at once, for the price of parsing its headers. The time of a request is learned from the
+    passes. Clients that ask again at once wait longer for a refusal, so that at least a third of the time is for answers.
 
     Args:
         max_wait_s: the longest a request may wait for its turn.
@@ -74,7 +74,7 @@ class Admission:
         self._max_wait_s = max_wait_s
         self._queue: deque[tuple[float, Callable[[], None], Callable[[], None]]] = deque()
         self.going = False
-        self._turned = self._computed_from = 0.0
+        self._turned = self._computed_from = self._own_s = 0.0
         self._started = 0
         self._count, self._passes_s, self._compute_s = 1.0, 0.001, 0.001  # sums that forget
 
@@ -93,30 +93,35 @@ class Admission:
 
         Args:
             arrived: ``perf_counter`` at its first byte.
-            start: makes the task that answers.
+            start: answers, or makes the task that does.
             refuse: answers 503.
         """
         if self.full:
             refuse()
-        elif self.going:
-            self._queue.append((arrived, start, refuse))
-        else:
-            self.going, self._turned = True, perf_counter()
-            self._queue.append((arrived, start, refuse))
-            self._start(1)
+            return
+        self._queue.append((arrived, start, refuse))
+        if not self.going:
+            self.going = True
+            asyncio.get_running_loop().call_soon(self._begin)
 
-    def _start(self, most: int) -> None:
-        """Make the tasks of so many, with a look at the clock before them and the next turn behind them."""
-        loop = asyncio.get_running_loop()
+    def _begin(self) -> None:
+        self._turned = perf_counter()
+        self._start(_SLICE_S)
+
+    def _start(self, slice_s: float) -> None:
+        """Start those of a slice, with a look at the clock before their tasks, if any, and the next turn behind."""
+        loop, now = asyncio.get_running_loop(), self._turned
         loop.call_soon(self._note)
-        self._started, now = 0, self._turned
-        while self._queue and self._started < most:
+        self._started, most = 0, max(1, int(slice_s * self._count / self._compute_s))
+        while self._queue and self._started < most and (not self._started or now < self._turned + slice_s):
             arrived, start, refuse = self._queue.popleft()
             if now - arrived > _LATE * self._max_wait_s:
                 refuse()
             else:
                 start()
                 self._started += 1
+            now = perf_counter()
+        self._own_s = now - self._turned
         self.going = self._started > 0
         if self.going:
             loop.call_soon(self._turn)
@@ -127,13 +132,12 @@ class Admission:
     def _turn(self) -> None:
         """Learn from the pass that ends here, and begin the next one."""
         now = perf_counter()
-        pass_s, compute_s = now - self._turned, now - self._computed_from
+        pass_s, compute_s = now - self._turned, now - self._computed_from + self._own_s
         self._count = self._count * _MEMORY + self._started
         self._passes_s = self._passes_s * _MEMORY + pass_s
         self._compute_s = self._compute_s * _MEMORY + compute_s
         self._turned = now
-        slice_s = min(max(_SLICE_S, (pass_s - compute_s) / 2), _LONG_SLICE_S)
-        self._start(max(1, int(slice_s * self._count / self._compute_s)))
+        self._start(min(max(_SLICE_S, (pass_s - compute_s) / 2), _LONG_SLICE_S))
 
 
 async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:

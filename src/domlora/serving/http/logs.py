@@ -10,9 +10,13 @@ import queue
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+if TYPE_CHECKING:
+    from domlora.serving.http.answers import Answer, Request
+    from domlora.serving.http.exchange import Scorer
 
 __all__ = ["JsonLines", "Logged", "log_to"]
 
@@ -114,24 +118,37 @@ class Logged:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        chosen = self._share > 0 and random.random() < self._share
 
         async def told(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if chosen or (status >= 500 and status != _OVERLOADED):
-                    _tell(scope, message, scope.get("arrived", started))
+            if message["type"] == "http.response.start" and self._chosen(message["status"]):
+                since = scope.get("arrived", started)
+                _tell(scope["method"], scope["path"], message["status"], message.get("headers", ()), since)
             await send(message)
 
         await self._app(scope, receive, told)
 
+    def around(self, scorer: Scorer) -> Scorer:
+        """The same for what answers without ASGI."""
 
-def _tell(scope: Scope, message: Message, since: float) -> None:
-    said = {_SAID[name]: value.decode("latin-1") for name, value in message.get("headers", ()) if name in _SAID}
+        def told(request: Request) -> Answer:
+            answer = scorer(request)
+            if self._chosen(answer.status):
+                _tell(request.method, request.path, answer.status, answer.headers, request.arrived)
+            return answer
+
+        return told
+
+    def _chosen(self, status: int) -> bool:
+        chosen = self._share > 0 and random.random() < self._share
+        return chosen or (status >= 500 and status != _OVERLOADED)
+
+
+def _tell(method: str, path: str, status: int, headers: Iterable[tuple[bytes, bytes]], since: float) -> None:
+    said = {_SAID[name]: value.decode("latin-1") for name, value in headers if name in _SAID}
     fields = {
-        "method": scope["method"],
-        "path": scope["path"],
-        "status": message["status"],
+        "method": method,
+        "path": path,
+        "status": status,
         "ms": round((time.perf_counter() - since) * 1e3, 3),
         "pid": os.getpid(),
         **said,

@@ -23,6 +23,7 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NO_DOMAIN, OTHER = "", "other"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_FEW_BUCKETS = (0.005, 0.025)  # there may be a thousand domains, and a scrape takes the processor from scoring
 
 
 class Metrics:
@@ -61,6 +62,13 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self._registry,
         )
+        self._domain_seconds = Histogram(
+            "domlora_domain_request_seconds",
+            "The same of scoring requests that were answered",
+            ["domain"],
+            buckets=_FEW_BUCKETS,
+            registry=self._registry,
+        )
         self._rejected = self._counter("rejected", "Requests refused by a limit", "reason")
         self._score = self._counter(
             "probability_sum", "Sum of the probabilities answered; over rows: their mean", "domain"
@@ -76,6 +84,14 @@ class Metrics:
         )
         self._row_failures = self._counter("row_store_failures", "Times that the row store did not answer")
         self._degraded = self._counter("degraded_rows", "Rows scored with a fallback for one that could not be had")
+        self._waiting = Gauge(
+            "domlora_events_waiting",
+            "Rows of exposures and feedback that are not written yet",
+            registry=self._registry,
+            multiprocess_mode="sum",
+        )
+        self._dropped = self._counter("events_dropped", "Such rows that there was no room for: they are in no log")
+        self._dropped_before = 0
         self._swaps = self._counter("swaps", "Other versions or adapters taken into service")
         self._loads = self._counter("adapter_loads", "Adapters read into memory", "result")
         self._starts = self._counter("worker_starts", "Workers started; more than there are: some were started anew")
@@ -114,13 +130,33 @@ class Metrics:
             rows: how many were scored; 0 where none were.
             seconds: since its first byte.
         """
-        requests, duration = self._of((route, status), self._route_series)
-        requests.inc()
-        duration(seconds)
-        if rows or domain is not None:
-            answers, scored = self._of((domain, status, None), self._domain_series)
-            answers.inc()
-            scored.inc(rows)
+        self.answered_all([(route, status, domain, rows, seconds)])
+
+    def answered_all(self, answers: Iterable[tuple[str, int, str | None, int, float]]) -> None:
+        """Many answers, each as :meth:`answered` has it; what they share is counted once for all."""
+        routes: dict[tuple[str, int], list[Any]] = {}
+        domains: dict[tuple[str | None, int, None], list[Any]] = {}
+        for route, status, domain, rows, seconds in answers:
+            asked = (route, status)
+            here = routes.get(asked)
+            if here is None:
+                here = routes[asked] = [*self._of(asked, self._route_series), 0]
+            here[1](seconds)
+            here[2] += 1
+            if rows or domain is not None:
+                told = (domain, status, None)
+                there = domains.get(told)
+                if there is None:
+                    there = domains[told] = [*self._of(told, self._domain_series), 0, 0]
+                if rows:
+                    there[2](seconds)
+                there[3] += 1
+                there[4] += rows
+        for requests, _, number in routes.values():
+            requests.inc(number)
+        for answered, scored, _, number, total in domains.values():
+            answered.inc(number)
+            scored.inc(total)
 
     def scored(self, domain: str | None, total_probability: float, rows: int) -> None:
         """Rows of a domain and the sum of their probabilities; a request of several domains tells each."""
@@ -141,6 +177,12 @@ class Metrics:
         self._predicted.labels(name).inc(predicted_total)
         self._observed.labels(name).inc(observed_total)
         self._matched.labels(name).inc(n)
+
+    def logged(self, waiting: int, dropped: int) -> None:
+        """Rows of the event log that wait, and those that were dropped since this process began."""
+        self._waiting.set(waiting)
+        self._dropped.inc(dropped - self._dropped_before)
+        self._dropped_before = dropped
 
     def looked_up(self, counts: Counts) -> None:
         """Rows of tables that lie elsewhere."""
@@ -211,7 +253,8 @@ class Metrics:
 
     def _domain_series(self, key: tuple[str | None, int, None]) -> tuple[Any, ...]:
         name = self._name(key[0])
-        series = (self._by_domain.labels(name, key[1]), self._rows.labels(name))
+        seconds = self._domain_seconds.labels(name).observe
+        series = (self._by_domain.labels(name, key[1]), self._rows.labels(name), seconds)
         if name != OTHER:  # else a client fills the table
             self._series[key] = series
         return series

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import termios
 from array import array
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from domlora.serving.http.answers import Answer
+from domlora.serving.http.exchange import Exchange, Scorer, raw_answer, target_of, wire
 from domlora.serving.http.limits import BYTES_A_SECOND, Admission, is_scoring
 from domlora.serving.http.metrics import Metrics
 from domlora.serving.settings import Settings
@@ -40,6 +40,7 @@ class Shared:
         admission: who waits for a turn.
         draining: the server ends soon, and is not ready.
         closing: nobody new can come; no connection is kept after its answer.
+        scorer: answers requests to score; while there is none, the application does.
         refused: reasons and statuses that :meth:`count` has not told the metrics yet.
     """
 
@@ -48,6 +49,7 @@ class Shared:
     admission: Admission = field(init=False)
     draining: bool = False
     closing: bool = False
+    scorer: Scorer | None = None
     refused: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -79,23 +81,6 @@ class ServerConfig(Config):
         )
 
 
-def raw_answer(status: int, error: str, next_step: str, *, close: bool = True) -> bytes:
-    """A whole answer as it goes over the wire.
-
-    >>> raw_answer(504, "too late", "Try again").splitlines()[0]
-    b'HTTP/1.1 504 Gateway Timeout'
-    """
-    body = json.dumps({"error": error, "next_step": next_step}).encode()
-    head = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-        *(["retry-after: 1"] if status == HTTPStatus.SERVICE_UNAVAILABLE else []),
-        *(["connection: close"] if close else []),
-    ]
-    return "\r\n".join([*head, "", ""]).encode() + body
-
-
 _BUSY = [
     raw_answer(503, "the server is at its limit", "Try again after a second", close=close) for close in (False, True)
 ]
@@ -118,9 +103,9 @@ class Protocol(HttpToolsProtocol):
     """One connection.
 
     A request to a scoring path is held until its body is whole, then offered to
-    :class:`~domlora.serving.http.limits.Admission`; what is refused costs no task. ``scope["arrived"]`` is ``perf_counter``
-    at a request's first byte, and ``scope["complete"]`` says that its body is whole and within the cap. :meth:`sweep` closes
-    what is slow.
+    :class:`~domlora.serving.http.limits.Admission`, and answered by ``Shared.scorer`` in its turn. All others, and
+    those that come before there is a scorer, are the application's: ``scope["arrived"]`` is ``perf_counter`` at a request's
+    first byte, and ``scope["complete"]`` says that its body is whole and within the cap. :meth:`sweep` closes what is slow.
     """
 
     config: ServerConfig
@@ -157,26 +142,32 @@ class Protocol(HttpToolsProtocol):
             self._refuse_connection("headers", 431, _TOO_MANY_HEADERS)
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        now = perf_counter()
-        self.since, self._in_headers = now, True
-        self.scope["arrived"] = now  # type: ignore[typeddict-unknown-key]
+        self.url, self.headers, self.expect_100_continue = b"", [], False
+        self.since, self._in_headers = perf_counter(), True
 
     def on_headers_complete(self) -> None:
         self._in_headers, self._received = False, 0
-        if self.shared.admission.full and self._may_skip():
+        target = target_of(self.url) if self.parser.get_method() == b"POST" else None
+        if target is None or self.shared.scorer is None or self.parser.should_upgrade():
+            self._take_as_uvicorn()
+        elif self.shared.admission.full and (self.cycle is None or self.cycle.response_complete):
             self._skipped = True  # for a third of what it costs to make the request and then refuse it
         else:
-            super().on_headers_complete()
+            self._take(*target)
 
     def on_body(self, body: bytes) -> None:
+        cycle: Any = self.cycle
         if self._skipped:
             return
-        if self._held is None:
+        if isinstance(cycle, Exchange):
+            size = 0 if cycle.response_complete else cycle.add(body)
+        elif self._held is not None:
+            cycle.body += body
+            size = len(cycle.body)
+        else:
             super().on_body(body)
             return
-        self.cycle.body += body
-        if len(self.cycle.body) > self.settings.max_body_bytes:
+        if size > self.settings.max_body_bytes:
             self._refuse_held("too_large", 413, _TOO_LARGE)
 
     def on_message_complete(self) -> None:
@@ -264,10 +255,36 @@ class Protocol(HttpToolsProtocol):
         elif now - self._unsent_since > _UNREAD_S:
             self.transport.abort()
 
+    def _take(self, path: str, query: bytes) -> None:
+        """Begin a request to score, behind the one before if that is not answered."""
+        before, keeps = self.cycle, self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
+        arrived = self.since or perf_counter()
+        exchange: Any = Exchange(path, query, self.headers, arrived, keeps, self.expect_100_continue)
+        self.cycle = exchange
+        if before is None or before.response_complete:
+            self._start_asgi_task(exchange, None)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))
+
+    def _take_as_uvicorn(self) -> None:
+        """Begin any other request. Its scope is made only now: one to score needs none."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        self.scope["arrived"] = self.since  # type: ignore[typeddict-unknown-key]
+        super().on_headers_complete()
+
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if self.shared.closing:
             cycle.keep_alive = False
-        if not is_scoring(cycle.scope["path"]) or cycle.scope["method"] != "POST":
+        if isinstance(cycle, Exchange):
+            if cycle.more_body:
+                self._hold(cycle, app)
+            else:  # it waited behind another one of this connection
+                self._offer(cycle, app)
+        elif not is_scoring(cycle.scope["path"]) or cycle.scope["method"] != "POST":
             super()._start_asgi_task(cycle, app)
         elif not cycle.more_body:  # it waited behind another one of this connection
             self._offer(cycle, app)
@@ -276,7 +293,8 @@ class Protocol(HttpToolsProtocol):
 
     def _hold(self, cycle: Any, app: Any) -> None:
         self._held = (cycle, app)
-        told = [value for name, value in cycle.scope["headers"] if name == b"content-length"]
+        headers = cycle.headers if isinstance(cycle, Exchange) else cycle.scope["headers"]
+        told = [value for name, value in headers if name == b"content-length"]
         if told and int(told[0]) > self.settings.max_body_bytes:
             self._refuse_held("too_large", 413, _TOO_LARGE)
         elif cycle.waiting_for_100_continue:
@@ -284,13 +302,40 @@ class Protocol(HttpToolsProtocol):
             self.transport.write(CONTINUE)
 
     def _offer(self, cycle: Any, app: Any) -> None:
-        cycle.scope["complete"] = True
-        admission, arrived = self.shared.admission, cycle.scope["arrived"]
-        admission.offer(arrived, partial(self._start, cycle, app), partial(self._refuse_busy, cycle))
+        offer, refuse = self.shared.admission.offer, partial(self._refuse_busy, cycle)
+        if isinstance(cycle, Exchange):
+            offer(cycle.arrived, partial(self._answer, cycle), refuse)
+        else:
+            cycle.scope["complete"] = True
+            offer(cycle.scope["arrived"], partial(self._start, cycle, app), refuse)
 
     def _start(self, cycle: Any, app: Any) -> None:
         if not cycle.disconnected:
             super()._start_asgi_task(cycle, app)
+
+    def _answer(self, exchange: Exchange) -> None:
+        if exchange.disconnected or self.shared.scorer is None:
+            return
+        answer = self.shared.scorer(exchange.request())
+        if self.flow.write_paused:  # a client that does not take what it asked for
+            task = self.loop.create_task(self._say_later(exchange, answer))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        else:
+            self._say(exchange, answer)
+
+    async def _say_later(self, exchange: Exchange, answer: Answer) -> None:
+        await self.flow.drain()
+        self._say(exchange, answer)
+
+    def _say(self, exchange: Exchange, answer: Answer) -> None:
+        if exchange.disconnected:
+            return
+        exchange.response_started = exchange.response_complete = True
+        self.transport.write(wire(answer, self.server_state.default_headers, exchange.keep_alive))
+        if not exchange.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _refuse_busy(self, cycle: Any) -> None:
         """Answer this request without the application; the connection goes on."""
@@ -302,11 +347,6 @@ class Protocol(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
-
-    def _may_skip(self) -> bool:
-        """Whether this is a request to score, and nothing is before it in this connection."""
-        scoring = self.parser.get_method() == b"POST" and is_scoring(self.url.partition(b"?")[0].decode("latin-1"))
-        return scoring and (self.cycle is None or self.cycle.response_complete)
 
     def _refuse_skipped(self) -> None:
         self._skipped, self.since, self._idle_since = False, None, perf_counter()
@@ -323,7 +363,7 @@ class Protocol(HttpToolsProtocol):
         (cycle, _), self._held = self._held, None
         self._count(reason, status)
         cycle.response_complete = True
-        cycle.body = bytearray()
+        cycle.body.clear()
         self.transport.write(answer)
         self._linger()
 

@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -204,17 +204,17 @@ class Service:
 
     def tell(self) -> None:
         """Tell the metrics what was counted: many at once cost a fraction of what each costs between two scorings."""
+        answers = []
         with suppress(IndexError):  # two threads may be here
             while True:
-                self.metrics.answered(*self._answers.popleft())
-        scored: dict[str | None, list[NDArray[np.float32]]] = {}
+                answers.append(self._answers.popleft())
+        self.metrics.answered_all(answers)
+        scored = []
         with suppress(IndexError):
             while True:
-                domain, probability = self._scored.popleft()
-                scored.setdefault(domain, []).append(probability)
-        for domain, parts in scored.items():
-            whole = np.concatenate(parts)
-            self.metrics.scored(domain, float(whole.sum(dtype=np.float64)), len(whole))
+                scored.append(self._scored.popleft())
+        for domain, (total, number) in _totals(scored).items():
+            self.metrics.scored(domain, total, number)
         if self.rows is not None:
             self.metrics.looked_up(self.rows.take_counts())
 
@@ -264,6 +264,20 @@ class Service:
         except BundleError:
             return False
         return True
+
+
+def _totals(scored: Sequence[tuple[str | None, NDArray[np.float32]]]) -> dict[str | None, tuple[float, int]]:
+    """Each domain's sum and number, by one sum over all of them."""
+    if not scored:
+        return {}
+    sizes = [len(part) for _, part in scored]
+    whole = np.concatenate([part for _, part in scored])
+    sums = np.add.reduceat(whole, np.cumsum([0, *sizes[:-1]]), dtype=np.float64).tolist()
+    found: dict[str | None, tuple[float, int]] = {}
+    for (domain, _), total, size in zip(scored, sums, sizes, strict=True):
+        before, number = found.get(domain, (0.0, 0))
+        found[domain] = (before + total, number + size)
+    return found
 
 
 def _headers(bundle: str, adapter: str | None, domain: str | None) -> tuple[Header, ...]:
@@ -317,4 +331,5 @@ def make(settings: Settings, metrics: Metrics) -> Served:
     live = Live.open(store, name=settings.model_name, max_adapters=settings.max_adapters, follower=follower, rows=rows)
     registry = Registry.open(store.folder / "experiments")
     service = Service(live, settings, metrics, registry, open_log(store.folder / "log", settings, metrics), rows)
-    return Served(make_app(service), service.refresh, service.close)
+    app = make_app(service)
+    return Served(app, service.refresh, service.close, app.score)

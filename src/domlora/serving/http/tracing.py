@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from domlora.errors import ConfigError
 from domlora.serving.http.logs import App, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from domlora.serving.http.answers import Answer, Request
+    from domlora.serving.http.exchange import Scorer
 
 __all__ = ["Traced", "tracer_to"]
 
@@ -59,26 +65,42 @@ class Traced:
         self._kind = SpanKind.SERVER
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        facts = {"http.request.method": scope["method"], "url.path": scope["path"]}
-        with self._tracer.start_as_current_span(
-            scope["method"], context=self._extract(carrier), kind=self._kind, attributes=facts
-        ) as span:
+        with self._span(scope["method"], scope["path"], scope["headers"]) as span:
 
             async def told(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    _describe(span, message)
+                    _describe(span, message["status"], message.get("headers", ()))
                 await send(message)
 
             await self._app(scope, receive, told)
 
+    def around(self, scorer: Scorer) -> Scorer:
+        """The same for what answers without ASGI."""
 
-def _describe(span: Any, message: Message) -> None:
+        def told(request: Request) -> Answer:
+            with self._span(request.method, request.path, request.headers.items()) as span:
+                answer = scorer(request)
+                _describe(span, answer.status, answer.headers)
+                return answer
+
+        return told
+
+    def _span(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> AbstractContextManager[Any]:
+        carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+        facts = {"http.request.method": method, "url.path": path}
+        context = self._extract(carrier)
+        span: AbstractContextManager[Any] = self._tracer.start_as_current_span(
+            method, context=context, kind=self._kind, attributes=facts
+        )
+        return span
+
+
+def _describe(span: Any, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
     from opentelemetry.trace import Status, StatusCode
 
-    span.set_attribute("http.response.status_code", message["status"])
-    for name, value in message.get("headers", ()):
+    span.set_attribute("http.response.status_code", status)
+    for name, value in headers:
         if name in _SAID:
             span.set_attribute(_SAID[name], value.decode("latin-1"))
-    if message["status"] >= _FAILED:
+    if status >= _FAILED:
         span.set_status(Status(StatusCode.ERROR))

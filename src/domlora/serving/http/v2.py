@@ -213,7 +213,7 @@ def _infer(service: Service, request: Request, named: _Model) -> Answer:
     return answer if accepted is None else compressed(answer, accepted)
 
 
-@lru_cache(maxsize=256)  # a client's requests of one size have one header, unless it numbers them
+@lru_cache(maxsize=4096)  # a client's requests of one size and domain have one header, unless it numbers them
 def _parsed(header: bytes) -> _Asked:
     """What the JSON asks for, as far as it can be checked without the binary data."""
     told: _Infer = json_object(header, _DECODER, _num_fields)

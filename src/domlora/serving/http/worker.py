@@ -7,6 +7,7 @@ and the worker goes too.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import importlib
 import json
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import uvloop
 
 from domlora.errors import DomloraError
+from domlora.serving.http.exchange import Scorer
 from domlora.serving.http.logs import App, Logged, log_to
 from domlora.serving.http.metrics import Metrics
 from domlora.serving.http.protocol import ServerConfig, Shared
@@ -38,6 +40,8 @@ __all__ = ["Served", "main"]
 
 _LOG = logging.getLogger("domlora.serving")
 _LOADING_S = 1.0  # a worker that loads longer than this listens meanwhile, and says that it is not ready
+_SWITCH_S = 0.0005  # which threads that read adapters let the event loop wait for the interpreter; 0.005 without
+_OTHER_FILES = 256  # of a worker, beside its connections
 _RETRY_S, _LONG_RETRY_S = 1.0, 60.0  # twice as long each time
 
 
@@ -48,24 +52,29 @@ class Served(NamedTuple):
         app: the application.
         refresh: looks whether there is something new to serve; called by a thread each ``poll_s``.
         close: writes what is not written yet.
+        scorer: answers requests to score; without one the application does.
     """
 
     app: App
     refresh: Callable[[], object]
     close: Callable[[], object]
+    scorer: Scorer | None = None
 
 
 class _Worker:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.settings = Settings.from_json(task.settings)
+        _make_room(self.settings.max_connections)
         self.metrics = Metrics(self.settings.metrics_domains, Path(task.metrics), task.place)
         self.metrics.started()
         self.shared = Shared(self.settings, self.metrics)
         self.door = Door(self.shared)
-        app: App = Logged(self.door, self.settings.log_share)
+        app: Logged | Traced = Logged(self.door, self.settings.log_share)
+        self.around = [app.around]
         if self.settings.otlp_endpoint is not None:
             app = Traced(app, tracer_to(self.settings.otlp_endpoint, self.settings.model_name))
+            self.around.append(app.around)
         self.server = Server(ServerConfig(app, self.shared), socket.socket(fileno=task.listening))
         self.watchdog = Watchdog(
             self.server.server_state.connections, self.settings.deadline_s, self._answered_too_late
@@ -105,6 +114,10 @@ class _Worker:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONG_RETRY_S)
         self.door.app = self.served.app
+        scorer = self.served.scorer
+        for around in self.around:
+            scorer = None if scorer is None else around(scorer)
+        self.shared.scorer = scorer
         gc.collect()
         gc.freeze()  # what is loaded stays: later collections need not look at it
         threading.Thread(target=self._follow, args=(self.served.refresh,), name="follow", daemon=True).start()
@@ -155,12 +168,22 @@ class _Worker:
         self.shared.count()
 
 
-def main() -> None:
-    """Run the worker that standard input describes."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the supervisor has blocked what it waits for
+def _make_room(connections: int) -> None:
+    """Have as many open files as may be, and the kernel's table for so many connections now.
+
+    Linux lets a process with threads wait 5 to 15 ms each time that the table doubles, at the 64th, 128th, 256th
+    connection: just when many come at once.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        os.close(fcntl.fcntl(sys.stdin.fileno(), fcntl.F_DUPFD_CLOEXEC, connections + _OTHER_FILES))
+
+
+def main() -> None:
+    """Run the worker that standard input describes."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the supervisor has blocked what it waits for
+    sys.setswitchinterval(_SWITCH_S)
     listener = log_to()
     try:
         worker = _Worker(Task(**json.loads(sys.stdin.buffer.readline())))
