@@ -1,4 +1,4 @@
-"""Write a prepared dataset as the MLoRA authors' code reads it: ``domain_N/{train,val,test}.csv`` of uid, pid, domain, label.
+"""Write a prepared dataset as the MLoRA authors' code reads it: CSV files of uid, pid, domain and label in ``domain_N``.
 
     python studies/authors_layout.py data/ml-1m THEIRS/dataset/Movielens/split_by_gender
 

@@ -15,7 +15,8 @@ keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SchemaError",
     "UnknownDomainError",
     "nearest",
+    "needing",
 ]
 
 _NOTHING = object()
@@ -91,6 +93,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     guess = f"Did you mean {close[0]!r}? " if close else ""
     listed = ", ".join(map(repr, names[:30])) or "none"
     return f"{guess}Known: {listed}{', ...' if len(names) > 30 else ''}."
+
+
+@contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Imports inside the block are of libraries that an extra brings.
+
+    Args:
+        extra: its name.
+        what: needs them, for the message.
+
+    Raises:
+        ConfigError: one is missing.
+
+    >>> with needing("spark", "the engine 'spark'"):
+    ...     import no_such_library
+    Traceback (most recent call last):
+    domlora.errors.ConfigError: the engine 'spark' needs more libraries (No module named 'no_such_library'). Install them \
+with: pip install 'domlora[spark]'.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} needs more libraries ({error})", next_step=f"Install them with: pip install 'domlora[{extra}]'"
+        ) from error
 
 
 def _again(kind: type[DomloraError], text: str) -> DomloraError:

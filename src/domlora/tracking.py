@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 
-from domlora.errors import ConfigError, nearest
+from domlora.errors import ConfigError, DomloraError, nearest, needing
 from domlora.evaluation.evaluate import Predictions, Table, by_domain
 
 if TYPE_CHECKING:
@@ -81,12 +81,10 @@ def open_tracker(kind: TrackerKind, where: str | Path | None, run_name: str) -> 
         raise ConfigError("unknown kind of tracking", received=kind, next_step=nearest(kind, get_args(TrackerKind)))
     opened: Callable[[str | Path | None, str], Tracker] = _MLflow if kind == "mlflow" else _TensorBoard
     try:
-        return _Careful(opened(where, run_name))
-    except ImportError as error:
-        raise ConfigError(
-            f"tracking with {kind} needs more libraries ({error})",
-            next_step=f"Install them with: pip install 'domlora[{kind}]'",
-        ) from error
+        with needing(kind, f"tracking with {kind}"):
+            return _Careful(opened(where, run_name))
+    except DomloraError:
+        raise
     except Exception as error:  # each system has errors of its own
         raise ConfigError(f"tracking must be able to start ({error})", received=str(where or kind)) from error
 

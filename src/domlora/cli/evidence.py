@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from domlora.cli.options import Raw, Settings
-from domlora.errors import ConfigError
+from domlora.errors import ConfigError, needing
 from domlora.terminal import STDOUT, print_line
 
 if TYPE_CHECKING:
@@ -51,12 +51,8 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
     """Make the tables (mean and spread over seeds, paired differences with intervals) and one self-contained page."""
-    try:
+    with needing("report", "a report"):
         from domlora.studies.report import write_report
-    except ImportError as error:
-        raise ConfigError(
-            f"a report needs more libraries ({error})", next_step="Install them with: pip install 'domlora[report]'"
-        ) from error
     from domlora.studies.reporting.arms import arms_of
     from domlora.studies.reporting.selection import selected
     from domlora.studies.reporting.tables import read_results, tabulate

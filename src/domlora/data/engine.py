@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr.operations import DatabaseTable
 
-from domlora.errors import ConfigError, DataError, nearest
+from domlora.errors import ConfigError, DataError, nearest, needing
 
 __all__ = ["HASH_BITS", "Engine", "EngineName", "open_engine"]
 
@@ -159,12 +159,8 @@ def _duckdb(folder: Path, memory_bytes: int) -> Any:
 
 
 def _spark() -> Any:
-    try:
+    with needing("spark", "the engine 'spark'"):
         from pyspark.sql import SparkSession
-    except ImportError as error:
-        raise ConfigError(
-            f"the engine 'spark' needs more libraries ({error})", next_step="Install them: pip install 'domlora[spark]'"
-        ) from error
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # workers write shards: they need this library too
     builder = SparkSession.builder.appName("domlora")
     # what the user's own settings (spark-defaults.conf, spark-submit) say stays as it is

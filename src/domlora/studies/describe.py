@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from domlora.data.dataset import SPLITS, Dataset
-from domlora.errors import ConfigError
+from domlora.errors import needing
 from domlora.features.encode import Encoder
 from domlora.features.schema import FIRST_ID, Feature, Schema
 from domlora.studies.describing.census import TEST, TRAIN, Census, IdCensus, NumberCensus, take_census
@@ -50,12 +50,8 @@ class Description(Facts):
         Raises:
             ConfigError: the libraries of the extra ``report`` are not installed.
         """
-        try:
+        with needing("report", "a page"):
             from domlora.studies.describing.facts_page import to_html
-        except ImportError as error:
-            raise ConfigError(
-                f"a page needs more libraries ({error})", next_step="Install them with: pip install 'domlora[report]'"
-            ) from error
         return to_html(self)
 
 

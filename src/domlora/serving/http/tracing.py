@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from domlora.errors import ConfigError
+from domlora.errors import needing
 from domlora.serving.http.logs import App, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
@@ -33,15 +33,11 @@ def tracer_to(endpoint: str, name: str) -> Any:
     Raises:
         ConfigError: the packages are not installed.
     """
-    try:
+    with needing("opentelemetry", "otlp_endpoint"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise ConfigError(
-            "otlp_endpoint needs OpenTelemetry", next_step="pip install 'domlora[opentelemetry]', or leave it out"
-        ) from error
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=5)))
     return provider.get_tracer("domlora")

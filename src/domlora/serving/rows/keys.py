@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domlora.errors import BundleError, ConfigError, DataError
+from domlora.errors import BundleError, ConfigError, DataError, needing
 from domlora.serving.rows.layout import Rows
 
 __all__ = ["TABLES", "Told", "answering", "changed_key", "changed_rows", "connect", "keys_of", "prefix_of", "told_of"]
@@ -53,14 +53,10 @@ def connect(url: str, timeout_s: float) -> Any:
     Raises:
         ConfigError: no such address, or the client library is not installed.
     """
-    try:
+    with needing("rows", "a table in Redis or Valkey"):
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
-    except ImportError as error:
-        raise ConfigError(
-            "rows in Redis or Valkey need their client", next_step="Install it with: pip install domlora[rows]"
-        ) from error
     once: Any = Retry(NoBackoff(), 1, (redis.ConnectionError,))
     times = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     try:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from domlora.errors import BundleError, ConfigError, DomloraError
+from domlora.errors import BundleError, ConfigError, DomloraError, needing
 from domlora.files import sha256_of, sync_one
 from domlora.serving.shared.record import Record
 
@@ -52,17 +52,10 @@ class Place:
         protocol = url.partition("://")[0] if "://" in url else "file"
         if protocol not in ("file", "s3"):
             raise ConfigError("a shared store must be a folder or s3://BUCKET/PATH", received=url)
-        try:
+        with needing("s3" if protocol == "s3" else "shared", f"the shared store {url!r}"):
             from fsspec.core import url_to_fs
 
             self._files, root = url_to_fs(url, **(_S3 if protocol == "s3" else {}))
-        except ImportError as error:
-            extra = "s3" if protocol == "s3" else "shared"
-            raise ConfigError(
-                f"a library is missing for shared stores ({error.name})",
-                received=url,
-                next_step=f"Install it with: pip install 'domlora[{extra}]'",
-            ) from error
         self._local = protocol == "file"
         self._root: str = root.rstrip("/")
         self.url: str = self._files.unstrip_protocol(self._root)

@@ -20,7 +20,7 @@ import torch
 
 from domlora.config import Config
 from domlora.data.dataset import Dataset
-from domlora.errors import ConfigError, EngineError
+from domlora.errors import EngineError, needing
 from domlora.studies.processes import alone, in_processes
 from domlora.studies.searching.space import Options, Range, Search, Space
 from domlora.studies.single import digest, open_rows, train_once, what_matters
@@ -124,12 +124,8 @@ def check_optuna() -> None:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with needing("study", "a study with [search]"):
         import domlora.studies.searching.trials  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"a study with [search] needs Optuna ({error})", next_step="Install it with: pip install 'domlora[study]'"
-        ) from error
 
 
 def tune(

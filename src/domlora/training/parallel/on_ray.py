@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from domlora.errors import ConfigError, EngineError
+from domlora.errors import ConfigError, EngineError, needing
 
 __all__ = ["installed_ray", "join_ray", "on_ray"]
 
@@ -74,12 +74,8 @@ def installed_ray() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with needing("ray", "Ray"):
         import ray
-    except ImportError as error:
-        raise ConfigError(
-            f"the engine 'ray' needs Ray ({error})", next_step="Install it with: pip install 'domlora[ray]'"
-        ) from error
     return ray
 
 

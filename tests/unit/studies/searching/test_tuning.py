@@ -241,7 +241,7 @@ def test_a_search_in_which_every_training_explodes(study: Any, tmp_path: Path) -
 def test_without_optuna_it_says_how_to_get_it(study: Any, tmp_path: Path) -> None:
     with (
         mock.patch.dict(sys.modules, {"optuna": None, "domlora.studies.searching.trials": None}),
-        pytest.raises(ConfigError, match=r"needs Optuna.*pip install 'domlora\[study\]'"),
+        pytest.raises(ConfigError, match=r"needs more libraries.*pip install 'domlora\[study\]'"),
     ):
         run_study(study(search=SEARCH), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

@@ -70,7 +70,7 @@ def test_domains_end_with_the_bytes_of_one_after_another(cluster: None, tmp_path
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # what Python holds of a module that it could not find
-    with pytest.raises(ConfigError, match=r"needs Ray.*pip install 'domlora\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs more libraries.*pip install 'domlora\[ray\]'"):
         list(on_ray(abs, [1], workers=1))
     with pytest.raises(ConfigError, match="at least 1"):
         list(on_ray(abs, [1], workers=0))
