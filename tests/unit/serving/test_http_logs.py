@@ -182,5 +182,5 @@ def test_spans_reach_a_collector() -> None:
 
 def test_tracing_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match="needs OpenTelemetry"):
+    with pytest.raises(ConfigError, match=r"pip install .domlora\[opentelemetry\]"):
         tracer_to("http://localhost:4318", "live")
