@@ -199,6 +199,7 @@ def _main() -> None:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--rate", type=float, default=150.0)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with it
     with suppress(KeyboardInterrupt):
         try:
             demo(**vars(given), say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush())
