@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from small_log import write_log
 from typer.testing import CliRunner
 
 from domlora.bundle import Bundle
@@ -23,15 +21,6 @@ from domlora.errors import ConfigError, DataError, EngineError
 from domlora.training.distributed.ranks import joined
 from domlora.training.parallel.on_ray_train import on_ray_train
 
-PLAN = """
-[source]
-files = ["log.parquet"]
-[columns]
-domain = "scene"
-label = "click"
-[features.item]
-[features.user]
-"""
 SHORT = ["--set=train.pretrain.fit.max_epochs=2", "--set=train.pretrain.fit.batch_size=400", "--set=model.dropout=0"]
 
 
@@ -45,16 +34,7 @@ def cluster() -> Iterator[None]:
 
 
 def rows(folder: Path) -> Path:
-    draw, size = np.random.default_rng(0), 6000
-    table = {
-        "item": draw.integers(300, size=size),
-        "user": draw.integers(300, size=size),
-        "scene": pa.array(draw.choice(["home", "cart"], size)),
-        "click": draw.integers(2, size=size),
-    }
-    pq.write_table(pa.table(table), folder / "log.parquet")
-    (folder / "plan.toml").write_text(PLAN, encoding="utf-8")
-    prepare(load_plan(str(folder / "plan.toml")), folder / "rows", folder=folder)
+    prepare(load_plan(str(write_log(folder, 6000, 300))), folder / "rows", folder=folder)
     return folder / "rows"
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from domlora.data.dataset import SPLITS
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_on_workers"]
 
-_PILE, _ROWS = "pile", "rows"
+_PILE = "pile"
 
 
 def write_on_workers(
@@ -45,7 +46,7 @@ def write_on_workers(
     def write(rows: pa.Table) -> pa.Table:  # Spark looks at the types of arguments, which a partial does not show
         return _write(encoder, out, rows)
 
-    done = dealt.groupBy(_PILE).applyInArrow(write, f"{_PILE} integer, {_ROWS} long").collect()
+    done = dealt.groupBy(_PILE).applyInArrow(write, f"{_PILE} integer").collect()
     return _renamed(sorted(row[_PILE] for row in done), counts, out)
 
 
@@ -67,14 +68,14 @@ def _write(encoder: Encoder, out: Path, rows: pa.Table) -> pa.Table:
     )
     pile = rows.column(_PILE)[0].as_py()
     write_shard(encoded.take(by_order(encoded)).drop([ORDER_COLUMN]), encoder.schema, out / f"{pile}.part")
-    return pa.table({_PILE: pa.array([pile], pa.int32()), _ROWS: pa.array([rows.num_rows])})
+    return pa.table({_PILE: pa.array([pile], pa.int32())})
 
 
 def _renamed(piles: list[int], counts: list[int], out: Path) -> dict[str, list[str]]:
     """Files in the order of their piles, without gaps where a pile had no rows."""
     files: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for pile in piles:
-        split = SPLITS[sum(pile >= sum(counts[: number + 1]) for number in range(len(SPLITS)))]
+    for pile, number in zip(piles, np.searchsorted(np.cumsum(counts), piles, "right"), strict=True):
+        split = SPLITS[number]
         files[split].append(f"{split}/part-{len(files[split]):05d}.parquet")
         (out / f"{pile}.part").rename(out / files[split][-1])
     return files
