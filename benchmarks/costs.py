@@ -17,6 +17,8 @@ __all__ = ["TERMS", "UNITS", "Shape", "counts", "fit", "memory", "parameters", "
 
 FLOAT, INT = 4, 8  # bytes
 ADAM_MOMENTS, GLOO_MESSAGES = 2, 5
+SHARD_COPIES = 2.6
+"""Of a rank's rows when it starts, the most that docs/tables.md has."""
 CACHE_BYTES = 32 << 20
 """Of a processor: adapters with their moments that fit it cost nothing to stream."""
 EMBEDDING_PASSES, UNIT_PASSES, DENSE_PASSES = 8, 10, 7
@@ -144,12 +146,15 @@ def counts(shape: Shape) -> dict[str, float]:
 
 
 def memory(shape: Shape, rule: str = "lazy_adam") -> dict[str, float]:
-    """Bytes of one rank while it trains: weights, the best ones so far, and what the rule remembers."""
+    """Bytes of one rank while it trains: weights, the best ones so far, and what the rule remembers.
+
+    Of tables that ranks share the best rows are on disk; what such a rank takes is measured.
+    """
     sizes, share = parameters(shape), shape.ranks if shape.sharded else 1
     rows = shape.slots * shape.ids
     state = ADAM_MOMENTS * sizes["tables"] if rule == "lazy_adam" else 2 * rows  # one number a row of each table
     return {
-        "tables": FLOAT * 2 * sizes["tables"] / share,
+        "tables": FLOAT * (SHARD_COPIES if shape.sharded else 2) * sizes["tables"] / share,
         "table_state": FLOAT * state / share,
         "dense": FLOAT * (2 + ADAM_MOMENTS) * sizes["dense"],
         "adapters": FLOAT * (2 + ADAM_MOMENTS) * sizes["adapters"],

@@ -138,8 +138,7 @@ def _training(wishes: Wishes, facts: Mapping[str, Any]) -> list[Need]:
     adam, adagrad = (sum(memory(shape, rule).values()) / GIB for rule in ("lazy_adam", "rowwise_adagrad"))
     copied, sharded = (ranks_for(wishes, constants, sharded=each) for each in (False, True))
     in_shards = replace(shape, ranks=max(sharded[0], 2), sharded=True)
-    here = min(in_shards.ranks, wishes.cores)
-    on_machine = sum(memory(in_shards, "rowwise_adagrad").values()) * here / GIB
+    on_machine = sum(memory(in_shards, "rowwise_adagrad").values()) * min(in_shards.ranks, wishes.cores) / GIB
     reader = wishes.rows_per_s * facts["preparing"]["loader_core_seconds_per_row"]
     want = wishes.rows_per_s
     return [
@@ -171,14 +170,6 @@ def _training(wishes: Wishes, facts: Mapping[str, Any]) -> list[Need]:
         ),
         Need(
             "train", f"a machine's memory, {in_shards.ranks} ranks with shards", on_machine, has, "GiB", "more machines"
-        ),
-        Need(
-            "train",
-            f"the same as they start and end, tables whole on each of {here} ranks",
-            here * FLOAT * parameters(shape)["tables"] / GIB,
-            has,
-            "GiB",
-            "one rank a machine; smaller `embedding_dim`, fewer hash buckets",
         ),
         Need("train", "a rank's core that reads all rows", reader, 1.0, "", "fewer, larger ranks"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     run(1, PROGRAM, str(tmp_path / "straight"), FUSED, "9")
     for size, last in ((2, 2), (3, 3)):
         run(size, PROGRAM, str(tmp_path), FUSED, str(last))
-        assert len([*(tmp_path / "checkpoint" / "rows").iterdir()]) == size
+        files = [*(tmp_path / "checkpoint" / "rows").iterdir()]
+        assert len({file.name.partition("-")[0] for file in files}) == size  # each has written its own
     found = best_of(tmp_path / "checkpoint")
     run(1, PROGRAM, str(tmp_path), FUSED, "9")
     assert distance(tmp_path / "straight" / "whole.safetensors", tmp_path / "whole.safetensors") < 4e-6
@@ -49,10 +51,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
         assert name == "figures" or torch.equal(weights, found[name]), name
 
 
-def pretrain(data: Path, out: Path) -> list[str]:
-    fit = {"batch_size": 500, "evaluations_per_epoch": 4, "max_epochs": 3}
+def pretrain(data: Path, out: Path, tables: str = FUSED, epochs: int = 3) -> list[str]:
+    fit = {"batch_size": 500, "evaluations_per_epoch": 4, "max_epochs": epochs}
     settings = [f"--set=train.joint.fit.{name}={value}" for name, value in fit.items()]
-    settings += [f"--set=train.joint.optimizer.tables.name={FUSED}", "--set=train.joint.optimizer.tables.lr=0.05"]
+    settings += [f"--set=train.joint.optimizer.tables.name={tables}", "--set=train.joint.optimizer.tables.lr=0.05"]
+    settings += ["--set=model.dropout=0"]
     return ["-m", "domlora", "pretrain", "--data", str(data), "--out", str(out), "--method", "joint", *settings]
 
 
@@ -65,3 +68,22 @@ def test_a_rank_that_is_killed_comes_back(prepared: Path, tmp_path: Path) -> Non
     after = killed.model.state_dict()
     for name, weights in whole.model.state_dict().items():
         assert (weights - after[name]).abs().max() <= 1e-6, name
+
+
+def test_tables_that_never_were_whole_start_and_end_as_whole_ones(prepared: Path, tmp_path: Path) -> None:
+    run(1, *pretrain(prepared, tmp_path / "alone", "rowwise_adagrad", 1))
+    run(3, *pretrain(prepared, tmp_path / "ranks", FUSED, 1))
+    alone, ranks = (Bundle.open(tmp_path / name) for name in ("alone", "ranks"))
+    assert ranks.facts["valid"] == pytest.approx(alone.facts["valid"], abs=1e-4)
+    weights = ranks.model.state_dict()
+    for name, weight in alone.model.state_dict().items():
+        assert (weight - weights[name]).abs().max() < 1e-4, name
+    assert not list(tmp_path.glob(".*"))  # nothing is left of the way to the bundle
+
+
+def test_no_rank_has_room_for_a_table(tmp_path: Path) -> None:
+    """Of four ranks: training, checkpoints and the bundle take less than one copy of it, and it must be somewhere."""
+    found, script = tmp_path / "found.json", Path(__file__).parents[2] / "benchmarks" / "table_memory.py"
+    run(1, str(script), "--rows", "2000000", "--ranks", "4", "--json", str(found))
+    times = json.loads(found.read_text())
+    assert 0.25 < times["fused_rowwise_adagrad, 4 ranks"] < 1 < times["rowwise_adagrad, in the model"]

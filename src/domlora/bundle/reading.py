@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from os import scandir
 from pathlib import Path
@@ -15,16 +16,20 @@ from torch import Tensor, nn
 from domlora.adapters.attach import AdapterOptions, attach_
 from domlora.adapters.file import base_fingerprint, load_adapters_
 from domlora.bundle.delta import applied, read_delta
+from domlora.bundle.mapped import map_tensors
 from domlora.bundle.names import number_of
 from domlora.bundle.records import DAMAGED, Record, read_checked
 from domlora.errors import BundleError
 from domlora.features.encode import Encoder
 from domlora.files import sha256_of
+from domlora.layers.rows import empty_tables
 from domlora.models.build import build_model
 
-__all__ = ["OPTIMIZER", "WHOLE", "check_files", "read_adapters_", "read_base", "read_optimizer"]
+__all__ = ["MAPPED_FROM_BYTES", "OPTIMIZER", "WHOLE", "check_files", "read_adapters_", "read_base", "read_optimizer"]
 
 WHOLE, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MAPPED_FROM_BYTES = 1 << 30
+"""A longer base is mapped instead of read, so that its tables may be longer than memory."""
 
 
 def check_files(folder: Path, record: Record, *, adapters: bool = True, known: Mapping[str, str] | None = None) -> None:
@@ -56,15 +61,18 @@ def read_base(folder: Path, record: Record) -> tuple[Encoder, nn.Module]:
         BundleError: weights that do not fit the model, or deltas that do not fit each other.
     """
     encoder = Encoder.open(folder / record.encoder)
-    model = build_model(schema=encoder.schema, **record.model)
     first, *deltas = record.base
+    whole = folder / first / WHOLE
+    is_long = whole.is_file() and whole.stat().st_size >= MAPPED_FROM_BYTES
+    with empty_tables() if is_long else nullcontext():
+        model = build_model(schema=encoder.schema, **record.model)
     try:
-        state: Mapping[str, Tensor] = load_file(folder / first / WHOLE)
+        state: Mapping[str, Tensor] = map_tensors(whole) if is_long else load_file(whole)
         for before, part in zip(record.base, deltas, strict=False):
             old, new = (record.fingerprints[str(number_of(each, "base"))] for each in (before, part))
             state = applied(state, read_delta(folder / part, old=old, new=new))
-        model.load_state_dict(state)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        model.load_state_dict(state, assign=is_long)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"the base must fit the model of its version ({error})", received=record.base) from error
     if base_fingerprint(model) != record.fingerprint:
         raise BundleError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from domlora.features.schema import PAD_ID, Pooling
 from domlora.layers.pooling import bags_of, max_of_bags, pool, sum_of_bags
+from domlora.layers.rows import new_rows
 
 __all__ = ["EmbeddingTable", "Field", "FirstOrder", "MixedEmbedding", "PooledTable", "table_for"]
 
@@ -54,6 +55,7 @@ class EmbeddingTable(nn.Module):
     Attributes:
         fetch: for a table whose rows are kept elsewhere while it trains, which then has none in ``weight``: gives the
             vectors ``(P, E)`` of rows ``(P,)``, and moves them by their gradient. It is asked once for all rows of a batch.
+        stretch: the rows that ``weight`` has, of a table made within :func:`domlora.layers.rows.cut_tables`; else None.
 
     Example:
         >>> table = EmbeddingTable([5, 3], embedding_dim=4)
@@ -62,6 +64,7 @@ class EmbeddingTable(nn.Module):
     """
 
     offsets: Tensor
+    _new_rows = staticmethod(new_rows)
 
     def __init__(
         self,
@@ -78,7 +81,8 @@ class EmbeddingTable(nn.Module):
         self.fetch: Callable[[Tensor], Tensor] | None = None
         owners = range(len(num_ids)) if owners is None else owners
         sizes = [size if owner == place else 0 for place, (size, owner) in enumerate(zip(num_ids, owners, strict=True))]
-        self.weight = nn.Parameter(torch.empty(sum(sizes), embedding_dim).normal_(0.0, init_std))
+        weight, self.stretch = self._new_rows(sum(sizes), embedding_dim, init_std)
+        self.weight = nn.Parameter(weight)
         starts = [0, *accumulate(sizes)]
         offsets = [starts[owner] for owner in owners]
         self.register_buffer("offsets", torch.tensor(offsets, dtype=torch.int64), persistent=False)
@@ -276,7 +280,7 @@ def _group_of(fields: Sequence[Field], places: Sequence[int]) -> list[Field]:
 
 def _given_table(fields: Sequence[Field], vectors: Tensor, trainable: bool) -> EmbeddingTable:
     table = table_for([field._replace(num_ids=0) for field in fields], vectors.shape[1])  # draws no numbers
-    table.weight = nn.Parameter(vectors, requires_grad=trainable)
+    table.weight, table.stretch = nn.Parameter(vectors, requires_grad=trainable), None
     return table
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from domlora.layers.domain_linear import DomainLinear, DomainRows
 from domlora.layers.embedding import EmbeddingTable
 from domlora.layers.mlp import MLP
+from domlora.layers.rows import all_rows
 
 __all__ = ["DomainEmbedding", "DomainMLP", "Experts", "GateUnit", "domain_linear", "linear_of", "mixture"]
 
@@ -78,6 +79,8 @@ class DomainEmbedding(EmbeddingTable):
         >>> DomainEmbedding(3, embedding_dim=4)(torch.tensor([2, 0, -1])).shape
         torch.Size([3, 4])
     """
+
+    _new_rows = staticmethod(all_rows)  # they are few, and their mean is asked for
 
     def __init__(self, num_domains: int, embedding_dim: int, init_std: float = 0.01) -> None:
         super().__init__([num_domains], embedding_dim, init_std)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -173,6 +173,11 @@ class Run:
                 received=options.evaluations_per_epoch,
                 next_step="Make batch_size smaller",
             )
+
+    @staticmethod
+    def building() -> AbstractContextManager[None]:
+        """What a model that such a run trains from its start is built within."""
+        return nullcontext()
 
     def identify(self, rules: OptimizerOptions) -> dict[str, str]:
         """What a run must have in common with the one it goes on; reads every weight."""

@@ -274,11 +274,12 @@ def pretrain(
     if "name" not in model_options:
         raise ConfigError("a model needs a name", received=dict(model_options), next_step="Set model.name")
     stage = recipe.pretrain if method == "base" else recipe.joint
+    kind = _kind_of(stage.optimizer)
     torch.manual_seed(stage.fit.seed)
-    model = build_model(schema=data.schema, **with_vectors(model_options, data))
+    with kind.building():
+        model = build_model(schema=data.schema, **with_vectors(model_options, data))
     if method == "joint":
         attach_(model, data.schema.num_domains, **asdict(recipe.adapter))
-    kind = _kind_of(stage.optimizer)
     found = fit(model, data, stage.fit, stage.optimizer, checkpoint=checkpoint, on_progress=on_progress, kind=kind)
     return model, found
 

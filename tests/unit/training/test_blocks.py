@@ -14,6 +14,7 @@ from domlora.models.build import build_model
 from domlora.training.checkpoint import read_checkpoint, write_checkpoint
 from domlora.training.distributed.blocks import best_of, read_blocks_, write_blocks
 from domlora.training.distributed.fused import FusedRun
+from domlora.training.distributed.spool import spooled
 from domlora.training.fit import FitOptions, fit
 from domlora.training.negotiation import negotiate
 from domlora.training.optimizers import FUSED, OptimizerOptions, Rule
@@ -54,7 +55,7 @@ def test_best_weights_of_a_run_without_blocks(tmp_path: Path) -> None:
 
 def test_a_damaged_block_is_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "run")
-    (block,) = (folder / "rows").iterdir()
+    block, *_ = (folder / "rows").iterdir()
     content = bytearray(block.read_bytes())
     content[-1] ^= 1
     block.write_bytes(content)
@@ -101,3 +102,18 @@ def test_without_the_libraries_a_line_says_how_to_install_them(monkeypatch: pyte
     data = World(num_domains=2).dataset(400, seed=1)[0]
     with pytest.raises(ConfigError, match=r"domlora\[torchrec\]"):
         fit(build_model(schema=data.schema, name="mlp"), data, FitOptions(), FUSED_TABLES, kind=FusedRun)
+
+
+def test_a_table_goes_through_a_file_that_has_no_name_afterwards(tmp_path: Path) -> None:
+    rows = torch.randn(200_003, 3)
+    whole = spooled(rows[:, :2], 200_003, tmp_path / "run")
+    assert torch.equal(whole, rows[:, :2])
+    assert not list((tmp_path / "run").iterdir())
+    whole += 1  # it is memory like any other
+    assert torch.equal(whole, rows[:, :2] + 1)
+
+
+def test_a_disk_that_takes_no_table(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(DataError, match="must be possible to write"):
+        spooled(torch.zeros(2, 2), 2, tmp_path / "run")

@@ -2,43 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+)
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from domlora.bundle.mapped import on_disk
 from domlora.errors import DataError
 from domlora.training.checkpoint import flat, in_parts, read_checkpoint
 
-__all__ = ["best_of", "read_blocks_", "told", "write_blocks"]
+__all__ = ["agreed", "best_of", "read_blocks_", "write_blocks"]
 
 _FOLDER = "rows"
 
 
-def told(folder: Path | None) -> Path:
-    """The folder that the first rank names; all call it."""
-    said = [str(folder)]
+def agreed(path: Path | None) -> Path:
+    """The path that the first rank names; all call it."""
+    said = [str(path)]
     if dist.is_initialized():
         dist.broadcast_object_list(said, 0)
     return Path(said[0])
 
 
 def write_blocks(folder: Path, blocks: Mapping[str, Tensor]) -> None:
-    """Write tensors, those that ranks have parts of as one file a rank; all ranks call it with one folder.
+    """Write tensors, those that ranks have parts of in parts; all ranks call it with one folder.
 
     torch's own way to store checkpoints has pickles; the one of Hugging Face has safetensors alone.
     """
-    writer = HuggingFaceStorageWriter(str(folder / _FOLDER), save_distributed=True)
     with _by_itself() as alone:
-        save(dict(blocks), storage_writer=writer, no_dist=alone)
+        save(dict(blocks), storage_writer=_Writer(str(folder / _FOLDER), save_distributed=True), no_dist=alone)
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """One file for each tensor of a rank, written from where it lies; torch's holds two copies of a file in memory."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        for number, item in enumerate(plan.items):
+            tensor, name = planner.resolve_data(item), item.index.fqn
+            assert isinstance(tensor, Tensor)
+            assert item.tensor_data is not None
+            told = json.dumps({name: {"saved_offsets": item.tensor_data.chunk.offsets}})
+            metadata = {CUSTOM_METADATA_KEY: told, DCP_VERSION_KEY: str(HF_DCP_VERSION), FORMAT_KEY: FORMAT_VALUE}
+            file = Path(self.path) / f"{plan.storage_data['shard_index']:05}-{number:05}.safetensors"
+            save_file({name: tensor.detach().contiguous()}, file, metadata)
+        written: Future[list[WriteResult]] = Future()
+        written.set_result([])
+        return written
 
 
 def read_blocks_(folder: Path, blocks: Mapping[str, Tensor]) -> None:
@@ -60,10 +88,11 @@ def best_of(checkpoint: Path) -> dict[str, Tensor]:
     """The best weights so far of a run, whole, whether it runs in one process or on ranks, as a model's state dict.
 
     Needs neither ranks nor TorchRec. A model built as the run's takes them with ``load_state_dict`` and is then saved as
-    any other: :class:`domlora.bundle.Bundle`.
+    any other: :class:`domlora.bundle.Bundle`. Tables that ranks cut are on disk, in a file without a name beside theirs; a
+    model built within :func:`domlora.layers.rows.empty_tables` that takes them with ``assign=True`` leaves them there.
 
     Raises:
-        DataError: a damaged checkpoint, or one from before the first validation.
+        DataError: a damaged checkpoint, one from before the first validation, or no room on its disk.
     """
     best = in_parts(read_checkpoint(checkpoint)[0])["best"]
     if not best:
@@ -72,7 +101,7 @@ def best_of(checkpoint: Path) -> dict[str, Tensor]:
         found: Mapping[str, Any] = (
             HuggingFaceStorageReader(str(checkpoint / _FOLDER)).read_metadata().state_dict_metadata
         )
-        rows = {name: torch.empty(found[name].size) for name in flat({"best": best}) if name in found}
+        rows = {name: on_disk(found[name].size, checkpoint) for name in flat({"best": best}) if name in found}
         read_blocks_(checkpoint, rows)
         best |= in_parts(rows)["best"]
     return best

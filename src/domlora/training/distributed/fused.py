@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from domlora.bundle.mapped import on_disk
 from domlora.errors import ConfigError
 from domlora.features.batch import Batch
-from domlora.training.checkpoint import flat, start_digest, write_checkpoint
-from domlora.training.distributed.blocks import read_blocks_, told, write_blocks
+from domlora.layers.rows import cut_tables
+from domlora.training.checkpoint import flat, write_checkpoint
+from domlora.training.distributed.blocks import agreed, read_blocks_, write_blocks
 from domlora.training.distributed.tables import Tables
+from domlora.training.engine import engine
 from domlora.training.fit import Fit, FitOptions, Run
 from domlora.training.guard import check_finite
 from domlora.training.optimizers import OptimizerOptions
@@ -48,19 +53,24 @@ class FusedRun(Run):
                 received=f"average_decay={options.average_decay}, device={options.device!r}",
                 next_step="Leave both out, or set tables.name to 'rowwise_adagrad', which has the same formula",
             )
-        self.start = "" if checkpoint is None else start_digest(model)
         self.rules, self.best_rows = rules, dict[str, Tensor]()
         self.tables = Tables(model, rules.tables)
         others = replace(rules, tables=replace(rules.tables, name="rowwise_adagrad"))
         super().__init__(model, data, options, others, on_progress, checkpoint, checkpoint_every_s)
 
+    @staticmethod
+    def building() -> AbstractContextManager[None]:
+        """Tables are cut from the start: a rank has its own rows alone."""
+        return cut_tables(engine().rank, engine().size)
+
     def identify(self, rules: OptimizerOptions) -> dict[str, str]:
-        """With what was given, and the weights before their rows were taken out."""
-        return {**super().identify(rules), "optimizer": repr(self.rules), "start": self.start}
+        """With what was given, and the rows that were taken out of the model."""
+        found = super().identify(rules)
+        return {**found, "optimizer": repr(self.rules), "start": f"{found['start']} {self.tables.digest()}"}
 
     def run(self, start_is_candidate: bool) -> Fit:
         found = super().run(start_is_candidate)
-        self.tables.give_back(self.best_rows)
+        self.tables.give_back(self.best_rows, self.checkpoint)
         return found
 
     def step(self, batch: Batch) -> float:
@@ -69,7 +79,15 @@ class FusedRun(Run):
 
     def remember(self, model: nn.Module) -> None:
         super().remember(model)
-        self.best_rows = {name: rows.clone() for name, rows in self.tables.rows().items()}
+        self.keep_best()
+
+    def keep_best(self) -> None:
+        """Take the rows as the best: on disk where checkpoints are, because memory has enough with those that move."""
+        for name, rows in self.tables.rows().items():
+            if name not in self.best_rows:
+                folder = None if self.checkpoint is None else self.checkpoint.parent
+                self.best_rows[name] = torch.empty(rows.shape) if folder is None else on_disk(rows.shape, folder)
+            self.best_rows[name].copy_(rows)
 
     def blocks(self) -> dict[str, Tensor]:
         """This rank's rows of what a checkpoint holds, the memory that moves."""
@@ -95,17 +113,17 @@ class FusedRun(Run):
         self.check()
         wholes = self.wholes()
         if self.engine.rank:
-            write_blocks(told(None), wholes)
+            write_blocks(agreed(None), wholes)
         else:
             write_checkpoint(
-                self.checkpoint, self.tensors(), self.facts(), lambda fresh: write_blocks(told(fresh), wholes)
+                self.checkpoint, self.tensors(), self.facts(), lambda fresh: write_blocks(agreed(fresh), wholes)
             )
         self.saved = time.perf_counter()
 
     def restore(self, folder: Path) -> None:
         super().restore(folder)
         if self.best:
-            self.best_rows = {name: rows.clone() for name, rows in self.tables.rows().items()}
+            self.keep_best()
         wholes = self.wholes()
         read_blocks_(folder, wholes)
         for name, block in self.blocks().items():

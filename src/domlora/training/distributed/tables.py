@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +18,16 @@ from torch.distributed.tensor import DTensor, Shard
 
 from domlora.errors import ConfigError
 from domlora.layers.embedding import EmbeddingTable
+from domlora.layers.experts import DomainEmbedding
+from domlora.layers.rows import stretch_of
+from domlora.training.distributed.spool import spooled
 from domlora.training.optimizers import Rule
 
 __all__ = ["Tables"]
 
 _EPS = 1e-8
+_CHUNK = 1 << 16
+_ODD = -7046029254386353131  # 2**64 over the golden ratio, as a number with a sign
 _FEATURE, _TABLE = "rows", "table"
 
 
@@ -29,11 +36,12 @@ class Tables:
 
     The model's own weights have no rows until :meth:`give_back`, and what it reads is fetched; on ranks each distinct row
     of a batch once, from the one that has it. On ``W`` ranks rank ``r`` has rows ``[r C, (r + 1) C)`` of a table of ``N``
-    rows, ``C = ceil(N / W)``; gradients of all ranks are added up and divided by ``W``. FBGEMM wants rows of a multiple of
+    rows, ``C = ceil(N / W)``, and starts from those that its model has; gradients of all ranks are added up and divided by
+    ``W``. A table made within :func:`domlora.layers.rows.cut_tables` never was whole. FBGEMM wants rows of a multiple of
     four numbers: shorter ones are filled up, and learning rate, ``eps`` and decay are set so that the rest moves as alone.
 
     Args:
-        model: its tables of one row or more; those that do not move are kept too.
+        model: its tables of one row or more, but for those of domains; those that do not move are kept too.
         rule: learning rate and decay.
 
     Raises:
@@ -53,7 +61,7 @@ class Tables:
         self._kept = {
             f"{name}.weight": _Kept(module, rule, self._group)
             for name, module in model.named_modules()
-            if isinstance(module, EmbeddingTable) and len(module.weight)
+            if isinstance(module, EmbeddingTable) and not isinstance(module, DomainEmbedding) and len(module.weight)
         }
         if not self._kept:
             raise ConfigError("a model must have tables to fuse them", received=type(model).__name__)
@@ -83,11 +91,23 @@ class Tables:
             for kept in self._kept.values():
                 kept.set_lr(kept.lr * factor)
 
-    def give_back(self, rows: Mapping[str, Tensor]) -> None:
-        """Let the model hold these rows, on each rank those of all, and be as it was before."""
+    def digest(self) -> str:
+        """Of all rows as they are now, however they are cut: a sha256 over sums of what each number and its place give."""
+        sums = torch.tensor([_sum_of(kept.rows, kept.start) for kept in self._kept.values()])
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
+        told = [
+            (name, kept.num_rows, each) for (name, kept), each in zip(self._kept.items(), sums.tolist(), strict=True)
+        ]
+        return hashlib.sha256(str(told).encode()).hexdigest()
+
+    def give_back(self, rows: Mapping[str, Tensor], folder: Path | None) -> None:
+        """Let the model have these rows, on each rank those of all, and be as it was before.
+
+        They are on disk, mapped, see :func:`~domlora.training.distributed.spool.spooled`.
+        """
         for name, kept in self._kept.items():
-            whole = self.whole(name, rows[name])
-            kept.put_back(whole.full_tensor() if isinstance(whole, DTensor) else whole.clone())
+            kept.put_back(spooled(rows[name], kept.num_rows, folder))
         self._kept = {}
         if self._group is not None:
             dist.destroy_process_group(self._group)
@@ -103,7 +123,8 @@ class _Kept:
                 received=f"{table.weight.dtype} on {table.weight.device}",
                 next_step="Set tables.name to 'rowwise_adagrad', which has the same formula",
             )
-        self.num_rows, width = table.weight.shape
+        num_rows, width = table.weight.shape
+        self.num_rows = num_rows if table.stretch is None else table.stretch.num_rows
         filled = -(-width // 4) * 4
         share = math.sqrt(width / filled)  # zeros that fill a row up make the mean of its squares smaller
         self.lr = rule.lr * share
@@ -113,15 +134,13 @@ class _Kept:
         whole = (each * size, filled)  # all ranks have a row, if only to fill up
         found = _alone(*whole, settings) if group is None else _on_ranks(*whole, settings, group)
         self.lookup, self.set_lr = found.lookup, found.set_lr
-        mine = slice(each * rank, min(each * (rank + 1), self.num_rows))
-        own = max(mine.stop - mine.start, 0)
+        mine = stretch_of(self.num_rows, rank, size)
+        self.start, own = mine.start, mine.stop - mine.start
         self.rows, self.sums = found.rows.detach()[:own, :width], found.sums[:own]
         self.table, self.moves = table, table.weight.requires_grad
         with torch.no_grad():
-            if group is not None:
-                dist.broadcast(table.weight, 0)
-            self.rows.copy_(table.weight[mine])
-        table.weight = nn.Parameter(table.weight.new_empty(0, width), requires_grad=False)
+            self.rows.copy_(table.weight[mine.start : mine.stop] if table.stretch is None else table.weight)
+        table.weight, table.stretch = nn.Parameter(table.weight.new_empty(0, width), requires_grad=False), None
         table.fetch = self.fetch
 
     def fetch(self, rows: Tensor) -> Tensor:
@@ -208,6 +227,17 @@ def _cut(num_rows: int, width: int, settings: Mapping[str, float], group: dist.P
         tables, by_rows, sharder=sharder, local_size=size, world_size=size, device_type="cpu"
     )
     return sharder.shard(tables, plan, ShardingEnv.from_process_group(group), torch.device("cpu"))
+
+
+def _sum_of(rows: Tensor, start: int) -> int:
+    """The sum, modulo 2**64, of what each number's bits and its place in the whole table are mixed to."""
+    found = torch.zeros((), dtype=torch.int64)
+    for first in range(0, len(rows), _CHUNK):
+        bits = rows[first : first + _CHUNK].contiguous().view(torch.int32).long()
+        places = torch.arange(bits.numel()).view_as(bits) + (start + first) * bits.shape[1]
+        mixed = (bits + places * _ODD) * _ODD
+        found += ((mixed ^ (mixed >> 29)) * _ODD).sum()
+    return int(found)
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
