@@ -10,7 +10,7 @@ import typer
 from domlora.cli.options import Overwrite, Version
 from domlora.terminal import STDOUT, print_json
 
-__all__ = ["add", "delta", "drop", "pack", "publish", "pull", "push", "set_live", "show", "store_app"]
+__all__ = ["add", "delta", "drop", "pack", "publish", "pull", "push", "set_live", "show", "store_app", "sweep"]
 
 store_app = typer.Typer(
     no_args_is_help=True, help="Look into a store, the folder that `domlora serve` serves, and change it."
@@ -176,6 +176,24 @@ def pull(
     from domlora.serving.store import Store
 
     _say(f"{store} knows generation {run(Store.create(store), Shared(url)).generation}")
+
+
+@store_app.command()
+def sweep(
+    url: Url,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", help="What was served or sent within so many days stays.")
+    ] = 7.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove files of a shared store that were not served for some days."""
+    from domlora.serving.shared.place import Place as Shared
+    from domlora.serving.shared.sweep import sweep as run
+
+    told = run(Shared(url), keep_s=86_400 * keep_days, dry_run=dry_run)
+    _say(
+        f"{'would remove' if dry_run else 'removed'} {told.files:,} files, {told.size_bytes:,} bytes; {told.kept:,} stay"
+    )
 
 
 def _print_table(lines: list[dict[str, object]]) -> None:

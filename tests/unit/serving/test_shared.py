@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -21,12 +22,16 @@ from domlora.files import sha256_of
 from domlora.serving.folder import MANIFEST
 from domlora.serving.http.metrics import Metrics
 from domlora.serving.live import Live
+from domlora.serving.shared import sweep as sweeping
 from domlora.serving.shared.mirror import Mirror
 from domlora.serving.shared.place import Place
 from domlora.serving.shared.publishing import publish, pull
 from domlora.serving.shared.record import Record, Version
+from domlora.serving.shared.sweep import sweep
 from domlora.serving.state import State
 from domlora.serving.store import Store
+
+DAY_S = 86_400.0
 
 
 def s3_server(monkeypatch: pytest.MonkeyPatch, bucket: str) -> Any:
@@ -336,3 +341,85 @@ def test_a_store_and_a_copy_are_not_mistaken(served: Any, tmp_path: Path) -> Non
             refused(copy.store, place)
     with pytest.raises(ConfigError, match="folder of its own"):
         Mirror(place, served.store)
+
+
+@pytest.fixture
+def week_later(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let a sweep begin eight days after now."""
+    return lambda: monkeypatch.setattr(sweeping, "time", SimpleNamespace(time=lambda: time.time() + 8 * DAY_S))
+
+
+def test_a_sweep_removes_what_nobody_asks_for(
+    served: Any, next_day: Any, place: Place, tmp_path: Path, week_later: Any
+) -> None:
+    publish(served.store, place)
+    served.store.put_adapter("web", served.payload("web", 5), "five")
+    publish(served.store, place)
+    write(place, "files/" + "0" * 64, b"sent by a publisher that was killed")
+    served.store.put_adapter("web", served.payload("web", 6), "six")
+    publish(served.store, place)
+    assert sweep(place, keep_s=7 * DAY_S).files == 0, "all of it is young"
+    week_later()
+    before = place.listed("files")
+    told = sweep(place, keep_s=7 * DAY_S, dry_run=True)
+    assert place.listed("files") == before
+    assert sweep(place, keep_s=7 * DAY_S) == told
+    gone = {each.name for each in before} - {each.name for each in place.listed("files")}
+    assert "0" * 64 in gone
+    assert (len(gone), len(before) - len(gone)) == (told.files, told.kept)
+    assert Copy(place, tmp_path / "late").serves() == ("1", "six")
+    served.store.add_version(next_day.folder, 2)
+    served.store.set_live(2)
+    publish(served.store, place)
+    assert Copy(place, tmp_path / "later").serves()[0] == "2"
+
+
+def test_what_was_live_within_the_week_stays(
+    served: Any, place: Place, monkeypatch: pytest.MonkeyPatch, week_later: Any
+) -> None:
+    """Generation 2 came a day ago, so generation 1, nine days old, was live until then."""
+    publish(served.store, place)
+    old = {each.name for each in place.listed("files")}
+    served.store.put_adapter("web", served.payload("web", 5), "five")
+    publish(served.store, place)
+    week_later()
+    written = {1: time.time() - DAY_S, 2: time.time() + 7 * DAY_S}
+    monkeypatch.setattr(Place, "generations", lambda _: written)
+    sweep(place, keep_s=7 * DAY_S)
+    assert old <= {each.name for each in place.listed("files")}
+
+
+def test_a_sweep_that_cannot_know_removes_nothing(served: Any, place: Place, week_later: Any) -> None:
+    publish(served.store, place)
+    served.store.put_adapter("web", served.payload("web", 5), "five")
+    publish(served.store, place)
+    week_later()
+    manifest = next(iter(place.newest().versions.values())).manifest
+    write(place, f"files/{manifest}", b"{}")
+    before = place.listed("files")
+    with pytest.raises(BundleError, match="damaged"):
+        sweep(place, keep_s=7 * DAY_S)
+    assert place.listed("files") == before
+    with pytest.raises(ConfigError, match="last hour"):
+        sweep(place, keep_s=60)
+
+
+def test_a_publisher_that_was_too_slow_is_told_of(
+    served: Any, place: Place, monkeypatch: pytest.MonkeyPatch, week_later: Any
+) -> None:
+    """Its files were sent a week ago, and the generation that names them comes while they are removed."""
+    publish(served.store, place)
+    served.store.put_adapter("web", served.payload("web", 5), "five")
+    late, put = place.newest(), Place.put
+    monkeypatch.setattr(Place, "put", lambda *_: None)
+    publish(served.store, place)
+    week_later()
+    remove, state = Place.remove, served.store.state()
+
+    def removed_meanwhile(self: Place, names: list[str]) -> None:
+        remove(self, names)
+        put(self, replace(late, generation=2, state=state))
+
+    monkeypatch.setattr(Place, "remove", removed_meanwhile)
+    with pytest.raises(BundleError, match=r"longer than a sweep.*--again"):
+        sweep(place, keep_s=7 * DAY_S)

@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from domlora.errors import BundleError, ConfigError, DomloraError, needing
 from domlora.files import sha256_of, sync_one
 from domlora.serving.shared.record import Record
 
-__all__ = ["Place"]
+__all__ = ["Item", "Place"]
 
 _S3 = {
     "use_listings_cache": False,
     "config_kwargs": {"connect_timeout": 2, "read_timeout": 10, "retries": {"max_attempts": 2}},
 }
 _KEPT = 100  # generations; a replica that is further behind finds the newest one by its next listing
+
+
+class Item(NamedTuple):
+    """An object of a shared store: its name in its folder, when it was written (seconds since 1970), and its size."""
+
+    name: str
+    modified: float
+    size_bytes: int
 
 
 class Place:
@@ -66,11 +75,10 @@ class Place:
         Raises:
             BundleError: the place cannot be reached, or that object is damaged.
         """
-        with _reached(), suppress(FileNotFoundError):
-            names = [name.rpartition("/")[2] for name in self._files.ls(f"{self._root}/generations", detail=False)]
-            numbers = [int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal()]
+        with suppress(FileNotFoundError):
+            numbers = self.generations()
             if numbers:
-                return self._record(max(numbers))
+                return self.generation(max(numbers))
         return Record()
 
     def after(self, generation: int) -> Record | None:
@@ -79,9 +87,38 @@ class Place:
         Raises:
             BundleError: the place cannot be reached, or that object is damaged.
         """
-        with _reached(), suppress(FileNotFoundError):
-            return self._record(generation + 1)
+        with suppress(FileNotFoundError):
+            return self.generation(generation + 1)
         return None
+
+    def generations(self) -> dict[int, float]:
+        """When each generation was written.
+
+        Raises:
+            BundleError: the place cannot be reached.
+        """
+        found = {each.name.removesuffix(".json"): each.modified for each in self.listed("generations")}
+        return {int(number): written for number, written in found.items() if number.isdecimal()}
+
+    def listed(self, folder: str) -> list[Item]:
+        """What lies in ``generations`` or ``files``; nothing where there is none.
+
+        Raises:
+            BundleError: the place cannot be reached.
+        """
+        with _reached(), suppress(FileNotFoundError):
+            return [_item(told) for told in self._files.ls(f"{self._root}/{folder}", detail=True)]
+        return []
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove objects; some may be gone already.
+
+        Raises:
+            BundleError: the place cannot be reached; some are removed.
+        """
+        for name in names:
+            with _reached(), suppress(FileNotFoundError):
+                self._files.rm_file(f"{self._root}/{name}")
 
     def put(self, record: Record) -> None:
         """Add a generation, the last thing that a publisher writes.
@@ -137,9 +174,16 @@ class Place:
                 next_step="Put it there again with: domlora store publish STORE URL --again",
             )
 
-    def _record(self, generation: int) -> Record:
+    def generation(self, generation: int) -> Record:
+        """One generation.
+
+        Raises:
+            FileNotFoundError: there is none of this number.
+            BundleError: the place cannot be reached, or that object is damaged.
+        """
         name = self._name(generation)
-        record = Record.from_json(self._files.cat_file(f"{self._root}/{name}"), name)
+        with _reached():
+            record = Record.from_json(self._files.cat_file(f"{self._root}/{name}"), name)
         if record.generation != generation:
             raise BundleError("a generation's object must have its number", received=f"{record.generation} in {name}")
         return record
@@ -162,6 +206,11 @@ class Place:
 
     def _name(self, generation: int) -> str:
         return f"generations/{generation:012d}.json"
+
+
+def _item(told: Mapping[str, Any]) -> Item:
+    modified = told["mtime"] if "mtime" in told else told["LastModified"].timestamp()
+    return Item(told["name"].rpartition("/")[2], modified, told["size"])
 
 
 @contextmanager
