@@ -42,14 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--folder", type=Path, help="where data and bundles are for a while; else where temporary files are"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     table = 4 * WIDTH * arguments.rows
     found = {}
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         place = Path(folder)
         long, short = prepared(place / "long", arguments.rows), prepared(place / "short", SHORT)
-        arms = [*((f"{FUSED}, {size} ranks", FUSED, size) for size in arguments.ranks)]
+        arms = [(f"{FUSED}, ranks: {size}", FUSED, size) for size in arguments.ranks]
         for name, rule, size in [*arms, ("rowwise_adagrad, in the model", "rowwise_adagrad", 1)]:
             more = peak(long, rule, size) - peak(short, rule, size)
             found[name] = more / table

@@ -81,9 +81,16 @@ def test_tables_that_never_were_whole_start_and_end_as_whole_ones(prepared: Path
     assert not list(tmp_path.glob(".*"))  # nothing is left of the way to the bundle
 
 
+def test_a_rank_without_a_row_of_a_table(prepared: Path, tmp_path: Path) -> None:
+    """The table of two scenes has four rows, of which three ranks have two, two and none."""
+    run(3, *pretrain(prepared, tmp_path / "ranks", FUSED, 1), "--set=model.embedding_dims.scene=3")
+    sizes = [tuple(table.weight.shape) for table in Bundle.open(tmp_path / "ranks").model.embedding.tables]
+    assert (4, 3) in sizes
+
+
 def test_no_rank_has_room_for_a_table(tmp_path: Path) -> None:
     """Of four ranks: training, checkpoints and the bundle take less than one copy of it, and it must be somewhere."""
     found, script = tmp_path / "found.json", Path(__file__).parents[2] / "benchmarks" / "table_memory.py"
-    run(1, str(script), "--rows", "2000000", "--ranks", "4", "--json", str(found))
+    run(1, str(script), "--rows", "2000000", "--ranks", "4", "--folder", str(tmp_path), "--json", str(found))
     times = json.loads(found.read_text())
-    assert 0.25 < times["fused_rowwise_adagrad, 4 ranks"] < 1 < times["rowwise_adagrad, in the model"]
+    assert 0.25 < times["fused_rowwise_adagrad, ranks: 4"] < 1 < times["rowwise_adagrad, in the model"]

@@ -10,16 +10,19 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from domlora.files import told
 
-__all__ = ["apart", "map_tensor", "map_tensors", "on_disk"]
+__all__ = ["map_tensor", "map_tensors", "on_disk", "unshared"]
 
 # without it Linux refuses to map a file that is longer than its memory, for all of it might be changed
-_UNRESERVED = 0x4000 if sys.platform == "linux" else 0
+_UNRESERVED = getattr(
+    mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0
+)  # Python has the name from 3.13 on
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,6 +41,10 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """A file of numbers as a tensor. What is changed of it is changed in this process and not in the file.
 
     The file may be removed, but neither cut nor written to, while the tensor lives.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is shorter than the shape.
     """
     return _view(_mapping(path), dtype, shape, 0)
 
@@ -46,39 +53,40 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, each as :func:`map_tensor` has it.
 
     Raises:
-        ValueError: the file is something else.
+        OSError: it cannot be opened.
+        ValueError: it is something else.
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than itself")
-            header = dict(json.loads(file.read(length)))
-        mapping, places = _mapping(path), {name: told for name, told in header.items() if name != "__metadata__"}
-        return {
-            name: _view(mapping, _TYPES[told["dtype"]], told["shape"], 8 + length + told["data_offsets"][0])
-            for name, told in places.items()
-        }
-    except (KeyError, TypeError, ValueError) as error:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            header = dict(json.loads(file.read(length))) if length <= size else {}
+        header.pop("__metadata__", None)
+        if 8 + length + max((each["data_offsets"][1] for each in header.values()), default=0) != size:
+            raise ValueError("it has another length than its header says")
+        mapping = _mapping(path)
+        return {name: _placed(mapping, 8 + length, each) for name, each in header.items()}
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path.name} must be a safetensors file of numbers ({error!r})") from error
 
 
 def on_disk(shape: torch.Size, folder: Path) -> Tensor:
-    """New single-precision numbers in a file of this process that has no name and goes with it.
+    """New numbers of a shape, float32, in a file of this process that has no name and goes with it.
 
     Raises:
         DataError: no room, or the folder cannot be written.
     """
-    if not shape.numel():
-        return torch.empty(shape)
-    with told(folder), tempfile.NamedTemporaryFile(dir=folder) as file:
-        os.posix_fallocate(
-            file.fileno(), 0, 4 * shape.numel()
-        )  # a mapping would find out too late that there is no room
-        return torch.from_file(file.name, shared=True, size=shape.numel()).view(shape)
+    size = 4 * shape.numel()
+    if not size:
+        return torch.empty(shape, dtype=torch.float32)
+    with told(folder), tempfile.TemporaryFile(dir=folder) as file:
+        if sys.platform == "linux":
+            os.posix_fallocate(file.fileno(), 0, size)  # a mapping would find out too late that there is no room
+        else:
+            file.truncate(size)
+        return _view(mmap.mmap(file.fileno(), size), torch.float32, shape, 0)
 
 
-def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share no memory, as safetensors wants them; copied only where they do, because tables are long."""
     found, seen = {}, set()
     for name, tensor in state.items():
@@ -103,3 +111,12 @@ def _view(mapping: mmap.mmap | None, dtype: torch.dtype, shape: Sequence[int], o
     if not count or mapping is None:
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+
+def _placed(mapping: mmap.mmap | None, start: int, header: Mapping[str, Any]) -> Tensor:
+    """A tensor as the header of its file says."""
+    first, end = header["data_offsets"]
+    tensor = _view(mapping, _TYPES[header["dtype"]], header["shape"], start + first)
+    if first < 0 or end - first != tensor.nbytes:
+        raise ValueError("a tensor must be as long as its shape says")
+    return tensor

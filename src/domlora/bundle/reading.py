@@ -29,7 +29,7 @@ __all__ = ["MAPPED_FROM_BYTES", "OPTIMIZER", "WHOLE", "check_files", "read_adapt
 
 WHOLE, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MAPPED_FROM_BYTES = 1 << 30
-"""A longer base is mapped instead of read, so that its tables may be longer than memory."""
+"""A base of so many bytes is mapped instead of read, so that its tables may be longer than memory."""
 
 
 def check_files(folder: Path, record: Record, *, adapters: bool = True, known: Mapping[str, str] | None = None) -> None:
@@ -71,7 +71,10 @@ def read_base(folder: Path, record: Record) -> tuple[Encoder, nn.Module]:
         for before, part in zip(record.base, deltas, strict=False):
             old, new = (record.fingerprints[str(number_of(each, "base"))] for each in (before, part))
             state = applied(state, read_delta(folder / part, old=old, new=new))
-        model.load_state_dict(state, assign=is_long)
+        if is_long:
+            model.load_state_dict(_aligned(state, model), assign=True)
+        else:
+            model.load_state_dict(state)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"the base must fit the model of its version ({error})", received=record.base) from error
     if base_fingerprint(model) != record.fingerprint:
@@ -79,6 +82,12 @@ def read_base(folder: Path, record: Record) -> tuple[Encoder, nn.Module]:
             "the base must be the one that its version names, and this is another base", received=record.base
         )
     return encoder, model.eval()
+
+
+def _aligned(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Mapped tensors for tables alone: products have other bits where weights lie elsewhere in memory."""
+    empty = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    return {name: tensor if name in empty else tensor.clone() for name, tensor in state.items()}
 
 
 def read_adapters_(folder: Path, record: Record, encoder: Encoder, model: nn.Module) -> None:

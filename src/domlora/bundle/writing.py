@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 from domlora.adapters.bank import base_state
 from domlora.adapters.file import adapter_digests, base_fingerprint, write_adapter
 from domlora.bundle.delta import Delta, delta_of, write_delta
-from domlora.bundle.mapped import apart
+from domlora.bundle.mapped import unshared
 from domlora.bundle.names import VERSIONS, adapter_folders, number_of
 from domlora.bundle.reading import OPTIMIZER, WHOLE, check_files, read_base
 from domlora.bundle.records import Record, digest_of, record_name
@@ -97,7 +97,7 @@ def _base(bundle: Bundle, fresh: Path, number: int, parent: Parent | None, finge
         return parent.record.base
     part = f"base@{number}"
     (fresh / part).mkdir()
-    state = apart(base_state(bundle.model))
+    state = unshared(base_state(bundle.model))
     delta = None if parent is None else _delta(bundle, parent)
     if parent is None or delta is None or 2 * delta.size_bytes > sum(tensor.nbytes for tensor in state.values()):
         save_file(state, fresh / part / WHOLE)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from domlora.features.schema import PAD_ID, Pooling
 from domlora.layers.pooling import bags_of, max_of_bags, pool, sum_of_bags
-from domlora.layers.rows import new_rows
+from domlora.layers.rows import starting_rows
 
 __all__ = ["EmbeddingTable", "Field", "FirstOrder", "MixedEmbedding", "PooledTable", "table_for"]
 
@@ -64,7 +64,7 @@ class EmbeddingTable(nn.Module):
     """
 
     offsets: Tensor
-    _new_rows = staticmethod(new_rows)
+    _starting_rows = staticmethod(starting_rows)
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class EmbeddingTable(nn.Module):
         self.fetch: Callable[[Tensor], Tensor] | None = None
         owners = range(len(num_ids)) if owners is None else owners
         sizes = [size if owner == place else 0 for place, (size, owner) in enumerate(zip(num_ids, owners, strict=True))]
-        weight, self.stretch = self._new_rows(sum(sizes), embedding_dim, init_std)
+        weight, self.stretch = self._starting_rows(sum(sizes), embedding_dim, init_std)
         self.weight = nn.Parameter(weight)
         starts = [0, *accumulate(sizes)]
         offsets = [starts[owner] for owner in owners]

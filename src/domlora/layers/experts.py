@@ -80,7 +80,7 @@ class DomainEmbedding(EmbeddingTable):
         torch.Size([3, 4])
     """
 
-    _new_rows = staticmethod(all_rows)  # they are few, and their mean is asked for
+    _starting_rows = staticmethod(all_rows)  # they are few, and their mean is asked for
 
     def __init__(self, num_domains: int, embedding_dim: int, init_std: float = 0.01) -> None:
         super().__init__([num_domains], embedding_dim, init_std)

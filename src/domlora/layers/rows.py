@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Stretch", "all_rows", "cut_tables", "empty_tables", "new_rows", "stretch_of"]
+__all__ = ["Stretch", "all_rows", "cut_tables", "empty_tables", "starting_rows", "stretch_of"]
 
 _CHUNK = 1 << 20
 """Numbers that are drawn at once. A multiple of 16: torch draws normal numbers in sixteens."""
@@ -35,7 +35,7 @@ def stretch_of(num_rows: int, part: int, parts: int) -> Stretch:
     return Stretch(min(each * part, num_rows), min(each * (part + 1), num_rows), num_rows)
 
 
-Making = Callable[[int, int, float], tuple[Tensor, Stretch | None]]
+_Making = Callable[[int, int, float], tuple[Tensor, Stretch | None]]
 
 
 def all_rows(num_rows: int, width: int, std: float) -> tuple[Tensor, None]:
@@ -43,10 +43,10 @@ def all_rows(num_rows: int, width: int, std: float) -> tuple[Tensor, None]:
     return torch.empty(num_rows, width).normal_(0.0, std), None
 
 
-_making: ContextVar[Making] = ContextVar("_making", default=all_rows)
+_making: ContextVar[_Making] = ContextVar("_making", default=all_rows)
 
 
-def new_rows(num_rows: int, width: int, std: float) -> tuple[Tensor, Stretch | None]:
+def starting_rows(num_rows: int, width: int, std: float) -> tuple[Tensor, Stretch | None]:
     """As :func:`all_rows`, or as one of the contexts below says; and which rows they are if they are not all of them."""
     return _making.get()(num_rows, width, std)
 
@@ -70,7 +70,7 @@ def empty_tables() -> Iterator[None]:
 
 
 @contextmanager
-def _made_by(making: Making) -> Iterator[None]:
+def _made_by(making: _Making) -> Iterator[None]:
     before = _making.set(making)
     try:
         yield

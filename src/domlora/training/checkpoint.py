@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from domlora.bundle.mapped import apart
+from domlora.bundle.mapped import unshared
 from domlora.errors import ConfigError, DataError
 from domlora.files import new_folder, sha256_of
 
@@ -34,7 +34,7 @@ def write_checkpoint(
         DataError: no room on the disk, a quota, or a folder that cannot be written; the old checkpoint is as it was.
     """
     with new_folder(folder, overwrite=True, marker=_FACTS) as fresh:
-        save_file(apart(tensors), fresh / _TENSORS)
+        save_file(unshared(tensors), fresh / _TENSORS)
         if more is not None:
             more(fresh)
         beside = {str(p.relative_to(fresh)): sha256_of(p) for p in sorted(fresh.glob("*/*"))}

@@ -15,6 +15,8 @@ from domlora.features.encode import Encoder
 from domlora.features.schema import Feature, Schema
 from domlora.models.build import build_model
 
+SHORT = b'{"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}}'
+BEFORE = b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [-8, 16]}}'
 FEATURES = tuple(Feature(name, num_ids=4) for name in ("user", "item"))
 ENCODER = Encoder(Schema(FEATURES, domains=("a", "b", "c")), {name: ["x", "y"] for name in ("user", "item")})
 KINDS = (
@@ -52,7 +54,14 @@ def test_what_is_changed_is_not_changed_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"short", (9).to_bytes(8, "little") + b'{"a": 1}!', (8).to_bytes(8, "little") + b'{"a": 1}']
+    "content",
+    [
+        b"",
+        b"short",
+        (9).to_bytes(8, "little") + b'{"a": 1}!',
+        (8).to_bytes(8, "little") + b'{"a": 1}',
+        *(len(h).to_bytes(8, "little") + h + bytes(16) for h in (SHORT, BEFORE)),
+    ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
@@ -64,7 +73,7 @@ def test_new_numbers_on_disk(tmp_path: Path) -> None:
     numbers = on_disk(torch.Size((5, 3)), tmp_path)
     numbers.copy_(torch.arange(15.0).view(5, 3))
     assert not list(tmp_path.iterdir())
-    assert numbers.sum() == 105
+    assert (numbers.dtype, float(numbers.sum())) == (torch.float32, 105)
     assert on_disk(torch.Size((0, 3)), tmp_path).shape == (0, 3)
     with pytest.raises(DataError, match="must be possible to write"):
         on_disk(torch.Size((1,)), tmp_path / "missing")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist  # noqa: TID251 - what stands in for ranks
 
 from domlora.data.synthetic import World
 from domlora.errors import ConfigError, DataError
@@ -104,16 +106,34 @@ def test_without_the_libraries_a_line_says_how_to_install_them(monkeypatch: pyte
         fit(build_model(schema=data.schema, name="mlp"), data, FitOptions(), FUSED_TABLES, kind=FusedRun)
 
 
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_table_goes_through_a_file_that_has_no_name_afterwards(tmp_path: Path) -> None:
     rows = torch.randn(200_003, 3)
+    (tmp_path / ".run.rows.0").write_bytes(b"of one that was killed")
     whole = spooled(rows[:, :2], 200_003, tmp_path / "run")
     assert torch.equal(whole, rows[:, :2])
-    assert not list((tmp_path / "run").iterdir())
+    assert not list(tmp_path.iterdir())
     whole += 1  # it is memory like any other
     assert torch.equal(whole, rows[:, :2] + 1)
+    assert torch.equal(spooled(rows, 200_003, None), rows)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_a_disk_that_takes_no_table(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file")
     with pytest.raises(DataError, match="must be possible to write"):
-        spooled(torch.zeros(2, 2), 2, tmp_path / "run")
+        spooled(torch.zeros(2, 2), 2, tmp_path / "missing" / "run")
+
+
+def test_best_weights_may_lie_on_another_disk(tmp_path: Path) -> None:
+    folder = written(tmp_path / "there" / "run")
+    with pytest.raises(DataError, match="must be possible to write"):
+        best_of(folder, tmp_path / "missing")
+    assert torch.equal(best_of(folder, tmp_path)["t.weight"], BLOCKS["best/t.weight"])
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -35,12 +35,12 @@ __all__ = ["agreed", "best_of", "read_blocks_", "write_blocks"]
 _FOLDER = "rows"
 
 
-def agreed(path: Path | None) -> Path:
-    """The path that the first rank names; all call it."""
-    said = [str(path)]
+def agreed(word: str) -> str:
+    """What the first rank says; all call it."""
+    said = [word]
     if dist.is_initialized():
         dist.broadcast_object_list(said, 0)
-    return Path(said[0])
+    return said[0]
 
 
 def write_blocks(folder: Path, blocks: Mapping[str, Tensor]) -> None:
@@ -60,8 +60,8 @@ class _Writer(HuggingFaceStorageWriter):
             tensor, name = planner.resolve_data(item), item.index.fqn
             assert isinstance(tensor, Tensor)
             assert item.tensor_data is not None
-            told = json.dumps({name: {"saved_offsets": item.tensor_data.chunk.offsets}})
-            metadata = {CUSTOM_METADATA_KEY: told, DCP_VERSION_KEY: str(HF_DCP_VERSION), FORMAT_KEY: FORMAT_VALUE}
+            place = json.dumps({name: {"saved_offsets": item.tensor_data.chunk.offsets}})
+            metadata = {CUSTOM_METADATA_KEY: place, DCP_VERSION_KEY: str(HF_DCP_VERSION), FORMAT_KEY: FORMAT_VALUE}
             file = Path(self.path) / f"{plan.storage_data['shard_index']:05}-{number:05}.safetensors"
             save_file({name: tensor.detach().contiguous()}, file, metadata)
         written: Future[list[WriteResult]] = Future()
@@ -84,15 +84,19 @@ def _by_itself() -> Iterator[bool]:
         yield not dist.is_initialized()
 
 
-def best_of(checkpoint: Path) -> dict[str, Tensor]:
+def best_of(checkpoint: Path, folder: Path | None = None) -> dict[str, Tensor]:
     """The best weights so far of a run, whole, whether it runs in one process or on ranks, as a model's state dict.
 
     Needs neither ranks nor TorchRec. A model built as the run's takes them with ``load_state_dict`` and is then saved as
-    any other: :class:`domlora.bundle.Bundle`. Tables that ranks cut are on disk, in a file without a name beside theirs; a
-    model built within :func:`domlora.layers.rows.empty_tables` that takes them with ``assign=True`` leaves them there.
+    any other: :class:`domlora.bundle.Bundle`. Tables that ranks cut are on disk, and a model built within
+    :func:`domlora.layers.rows.empty_tables` that takes them with ``assign=True`` leaves them there.
+
+    Args:
+        checkpoint: its folder.
+        folder: whose disk has room for such tables; that of the checkpoint without.
 
     Raises:
-        DataError: a damaged checkpoint, one from before the first validation, or no room on its disk.
+        DataError: a damaged checkpoint, one from before the first validation, no room, or ``folder`` cannot be written.
     """
     best = in_parts(read_checkpoint(checkpoint)[0])["best"]
     if not best:
@@ -101,7 +105,11 @@ def best_of(checkpoint: Path) -> dict[str, Tensor]:
         found: Mapping[str, Any] = (
             HuggingFaceStorageReader(str(checkpoint / _FOLDER)).read_metadata().state_dict_metadata
         )
-        rows = {name: on_disk(found[name].size, checkpoint) for name in flat({"best": best}) if name in found}
+        rows = {
+            name: on_disk(found[name].size, folder or checkpoint.parent)
+            for name in flat({"best": best})
+            if name in found
+        }
         read_blocks_(checkpoint, rows)
         best |= in_parts(rows)["best"]
     return best

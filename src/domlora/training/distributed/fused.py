@@ -71,6 +71,7 @@ class FusedRun(Run):
     def run(self, start_is_candidate: bool) -> Fit:
         found = super().run(start_is_candidate)
         self.tables.give_back(self.best_rows, self.checkpoint)
+        self.best_rows = {}
         return found
 
     def step(self, batch: Batch) -> float:
@@ -83,10 +84,12 @@ class FusedRun(Run):
 
     def keep_best(self) -> None:
         """Take the rows as the best: on disk where checkpoints are, because memory has enough with those that move."""
+        moving, folder = self.tables.sums(), None if self.checkpoint is None else self.checkpoint.parent
         for name, rows in self.tables.rows().items():
             if name not in self.best_rows:
-                folder = None if self.checkpoint is None else self.checkpoint.parent
-                self.best_rows[name] = torch.empty(rows.shape) if folder is None else on_disk(rows.shape, folder)
+                self.best_rows[name] = torch.empty_like(rows) if folder is None else on_disk(rows.shape, folder)
+            elif name not in moving:
+                continue
             self.best_rows[name].copy_(rows)
 
     def blocks(self) -> dict[str, Tensor]:
@@ -113,10 +116,13 @@ class FusedRun(Run):
         self.check()
         wholes = self.wholes()
         if self.engine.rank:
-            write_blocks(agreed(None), wholes)
+            write_blocks(Path(agreed("")), wholes)
         else:
             write_checkpoint(
-                self.checkpoint, self.tensors(), self.facts(), lambda fresh: write_blocks(agreed(fresh), wholes)
+                self.checkpoint,
+                self.tensors(),
+                self.facts(),
+                lambda fresh: write_blocks(Path(agreed(str(fresh))), wholes),
             )
         self.saved = time.perf_counter()
 

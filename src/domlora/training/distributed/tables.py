@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,8 @@ class Tables:
         rule: learning rate and decay.
 
     Raises:
-        ConfigError: the libraries are missing, there are no tables, or a weight is not float32 on a CPU.
+        ConfigError: the libraries are missing, there are no tables, a weight is not float32 on a CPU, or ranks do not talk
+            by gloo or were given other tables.
 
     **Source**: FBGEMM's ``EXACT_ROWWISE_ADAGRAD`` with decoupled decay, which
     :class:`domlora.training.rowwise.RowWiseAdagrad` has too; Ivchenko et al. 2022, "TorchRec: a PyTorch Domain Library for
@@ -54,17 +55,20 @@ class Tables:
 
     def __init__(self, model: nn.Module, rule: Rule) -> None:
         on_ranks = dist.is_initialized()
+        if on_ranks and dist.get_backend() != "gloo":
+            raise ConfigError(
+                "fused tables are on the CPU, where ranks talk by gloo",
+                received=dist.get_backend(),
+                next_step="Hide the GPUs from them: CUDA_VISIBLE_DEVICES=",
+            )
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if on_ranks else None
         # its own group: a rank without rows of a domain sends its dense gradients earlier than others do
         self._group = dist.new_group() if on_ranks else None
         self._lr_factor = 1.0
-        self._kept = {
-            f"{name}.weight": _Kept(module, rule, self._group)
-            for name, module in model.named_modules()
-            if isinstance(module, EmbeddingTable) and not isinstance(module, DomainEmbedding) and len(module.weight)
-        }
-        if not self._kept:
-            raise ConfigError("a model must have tables to fuse them", received=type(model).__name__)
+        tables = _tables_of(model)
+        if self._group is not None:
+            _check_same([table for table in tables.values() if table.stretch is None], self._group)
+        self._kept = {name: _Kept(table, rule, self._group) for name, table in tables.items()}
 
     def rows(self) -> dict[str, Tensor]:
         """This rank's rows of each table, the memory that moves."""
@@ -96,35 +100,62 @@ class Tables:
         sums = torch.tensor([_sum_of(kept.rows, kept.start) for kept in self._kept.values()])
         if self._group is not None:
             dist.all_reduce(sums, group=self._group)
-        told = [
-            (name, kept.num_rows, each) for (name, kept), each in zip(self._kept.items(), sums.tolist(), strict=True)
-        ]
-        return hashlib.sha256(str(told).encode()).hexdigest()
+        found = [(name, kept.num_rows) for name, kept in self._kept.items()]
+        return hashlib.sha256(f"{found} {sums.tolist()}".encode()).hexdigest()
 
-    def give_back(self, rows: Mapping[str, Tensor], folder: Path | None) -> None:
+    def give_back(self, rows: Mapping[str, Tensor], beside: Path | None) -> None:
         """Let the model have these rows, on each rank those of all, and be as it was before.
 
-        They are on disk, mapped, see :func:`~domlora.training.distributed.spool.spooled`.
+        What ranks have together is on disk, mapped, see :func:`~domlora.training.distributed.spool.spooled`.
         """
         for name, kept in self._kept.items():
-            kept.put_back(spooled(rows[name], kept.num_rows, folder))
+            kept.put_back(rows[name] if self._group is None else spooled(rows[name], kept.num_rows, beside))
         self._kept = {}
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
 
-class _Kept:
-    """One table's rows on this rank."""
-
-    def __init__(self, table: EmbeddingTable, rule: Rule, group: dist.ProcessGroup | None) -> None:
+def _tables_of(model: nn.Module) -> dict[str, EmbeddingTable]:
+    """Those of one row or more, by the name of their weight; domains have so few rows that all ranks have them."""
+    found = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, EmbeddingTable) and not isinstance(module, DomainEmbedding) and _num_rows(module)
+    }
+    if not found:
+        raise ConfigError("a model must have tables to fuse them", received=type(model).__name__)
+    for table in found.values():
         if (table.weight.dtype, table.weight.device.type) != (torch.float32, "cpu"):
             raise ConfigError(
                 "fused tables are float32 on a CPU",
                 received=f"{table.weight.dtype} on {table.weight.device}",
                 next_step="Set tables.name to 'rowwise_adagrad', which has the same formula",
             )
-        num_rows, width = table.weight.shape
-        self.num_rows = num_rows if table.stretch is None else table.stretch.num_rows
+    return found
+
+
+def _num_rows(table: EmbeddingTable) -> int:
+    """Of all ranks together."""
+    return len(table.weight) if table.stretch is None else table.stretch.num_rows
+
+
+def _check_same(tables: Sequence[EmbeddingTable], group: dist.ProcessGroup) -> None:
+    """Refuse tables that are whole and not the same on all ranks: each would keep a part of another one."""
+    least = torch.tensor([_sum_of(table.weight.detach(), 0) for table in tables], dtype=torch.int64)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    if not torch.equal(least, most):
+        raise ConfigError(
+            "all ranks must be given the same tables", next_step="Let all of them read the same bundle, or set one seed"
+        )
+
+
+class _Kept:
+    """One table's rows on this rank."""
+
+    def __init__(self, table: EmbeddingTable, rule: Rule, group: dist.ProcessGroup | None) -> None:
+        self.num_rows, width = _num_rows(table), table.weight.shape[1]
         filled = -(-width // 4) * 4
         share = math.sqrt(width / filled)  # zeros that fill a row up make the mean of its squares smaller
         self.lr = rule.lr * share
@@ -135,6 +166,10 @@ class _Kept:
         found = _alone(*whole, settings) if group is None else _on_ranks(*whole, settings, group)
         self.lookup, self.set_lr = found.lookup, found.set_lr
         mine = stretch_of(self.num_rows, rank, size)
+        if table.stretch not in (None, mine):
+            raise ConfigError(
+                "a table must be cut for the ranks that train it", received=f"{table.stretch}, not {mine}"
+            )
         self.start, own = mine.start, mine.stop - mine.start
         self.rows, self.sums = found.rows.detach()[:own, :width], found.sums[:own]
         self.table, self.moves = table, table.weight.requires_grad

@@ -23,7 +23,7 @@ from domlora.adapters.attach import AdapterOptions
 from domlora.adapters.bank import adapter_parameters, base_state
 from domlora.adapters.file import adapter_digests, base_fingerprint
 from domlora.bundle import Bundle
-from domlora.bundle.mapped import apart
+from domlora.bundle.mapped import unshared
 from domlora.bundle.names import adapter_folders
 from domlora.errors import DataError
 from domlora.files import new_folder
@@ -102,7 +102,7 @@ def _write_base(bundle: Bundle, folder: Path) -> None:
     with new_folder(folder) as fresh:
         (fresh / "schema.json").write_text(bundle.encoder.schema.to_json(), encoding="utf-8")
         (fresh / "model.json").write_text(json.dumps(stored_options(bundle.model_options)), encoding="utf-8")
-        save_file(apart(base_state(bundle.model)), fresh / "model.safetensors")
+        save_file(unshared(base_state(bundle.model)), fresh / "model.safetensors")
         if bundle.adapter is not None:
             banks = {name: bank.detach().contiguous() for name, bank in adapter_parameters(bundle.model)}
             save_file(banks, fresh / "adapters.safetensors")
