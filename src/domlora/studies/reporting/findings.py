@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from domlora.studies.reporting.cells import Cell
+from domlora.studies.reporting.standings import Standing
 from domlora.studies.reporting.statistics import DASH, MINUS, Interval, Verdict, interval_text, verdict
 from domlora.studies.reporting.tables import DatasetTable, DomainRow
 
@@ -71,8 +72,8 @@ def families(dataset: DatasetTable) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def word(cell: Cell, *, corrected: bool) -> str:
-    """The verdict on a cell, with a dagger where it stays after Holm's correction and there is something to correct."""
+def word(cell: Cell | Standing, *, corrected: bool) -> str:
+    """The verdict on a difference, with a dagger where it stays after Holm's correction, if something was corrected."""
     return verdict(cell.difference) + ("\u2020" if corrected and cell.stays else "")
 
 

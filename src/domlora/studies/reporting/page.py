@@ -35,6 +35,7 @@ from domlora.studies.reporting.findings import (
 )
 from domlora.studies.reporting.selection import Candidate, candidates, is_selected
 from domlora.studies.reporting.sheets import MANY_METHODS, SELECTED, parameter_counts
+from domlora.studies.reporting.standings import STANDINGS, Standing, standings
 from domlora.studies.reporting.statistics import interval_text, p_text, p_value, score_text, verdict
 from domlora.studies.reporting.tables import MEAN, DatasetTable, DomainRow, Tables, shown_domains
 
@@ -60,6 +61,7 @@ class _Section:
     figures: tuple[tuple[str, str], ...]
     num_intervals: int
     candidates: tuple[Candidate, ...]
+    standings: tuple[Standing, ...]
     model_plot: _Plot | None
     quality: _Plot | None
     switches: tuple[Switches, ...]
@@ -143,6 +145,7 @@ def page(tables: Tables, arms: Arms, title: str, notes: Sequence[str], command: 
         arms=list(_arms(runs, tables.methods, arms)),
         num_runs=sum(not is_selected(line) for line in runs),
         selected=SELECTED,
+        preferred=STANDINGS,
         studies=_distinct(tables.runs, "study"),
         versions=_versions(tables.runs),
         seconds=math.fsum(line.get("seconds") or 0.0 for line in runs),
@@ -161,6 +164,7 @@ def _section(dataset: DatasetTable, number: int, tables: Tables, arms: Arms) -> 
         figures=tuple(_key_figures(dataset, found)),
         num_intervals=len(scored),
         candidates=candidates(dataset.runs),
+        standings=standings(dataset),
         model_plot=_model_plot(dataset, moved, tables.methods),
         quality=_quality_plot(dataset, tables.methods),
         switches=moved,

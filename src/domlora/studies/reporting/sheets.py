@@ -11,6 +11,7 @@ from domlora.studies.reporting.arms import Arms, OptionCurve, Switches, domain_c
 from domlora.studies.reporting.cells import BASE, TRUTH, Cell
 from domlora.studies.reporting.findings import families, percent, share_text
 from domlora.studies.reporting.selection import candidates
+from domlora.studies.reporting.standings import STANDINGS, Standing, standings
 from domlora.studies.reporting.statistics import DASH, MINUS, Interval, Spread, p_text, p_value
 from domlora.studies.reporting.tables import DatasetTable, ModelRow, ParameterRow, Tables, shown_domains
 
@@ -60,7 +61,7 @@ def sheets(tables: Tables, arms: Arms | None = None, *, most_columns: int = MANY
         arms: how the study wants its arms to be read.
         most_columns: with more methods than this, a table has a line a method.
     """
-    found = [_main(tables, most_columns), *_corrections(tables), *_selections(tables)]
+    found = [_main(tables, most_columns), *_corrections(tables), *_selections(tables), *_standings(tables)]
     for dataset in tables.datasets:
         found += _switches(dataset, arms or Arms())
         found += _curves(option_curves(dataset), f"Options on {dataset.name}")
@@ -140,6 +141,24 @@ def _selections(tables: Tables) -> Iterator[Sheet]:
             rows,
             4,
         )
+
+
+def _standings(tables: Tables) -> Iterator[Sheet]:
+    rows = tuple(
+        (dataset.name, each.model, each.method, each.score, *_against_best(each))
+        for dataset in tables.datasets
+        for each in standings(dataset)
+    )
+    if rows:
+        head = ("dataset", "model", "arm", "WAUC", f"{MINUS} preferred", "p, Holm", "without tables")
+        yield Sheet("All beside the preferred one", STANDINGS, head, rows, 3)
+
+
+def _against_best(each: Standing) -> tuple[Item, ...]:
+    size = DASH if each.without_tables is None else f"{each.without_tables:,}"
+    if not each.difference.num_pairs:  # no seed in common, or the preferred one itself
+        return DASH, "", size
+    return Difference(each.difference, each.stays), p_text(each.p_holm), size
 
 
 # ----------------------------------------------------------------------------------------------- switches and curves
