@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,10 +17,18 @@ from pathlib import Path
 
 from domlora.errors import DataError, DomloraError
 
-__all__ = ["new_folder", "only_one", "sha256_of", "sync", "sync_one", "told"]
+__all__ = ["allow_open_files", "new_folder", "only_one", "sha256_of", "sync", "sync_one", "told"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = (*_FULL, errno.EROFS)
+
+
+def allow_open_files() -> int:
+    """Let this process have as many open files as it may, and say how many: often 1,024 where it may ask for a million."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def sha256_of(path: Path) -> str:

@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from domlora.data.dataset import SPLITS
 from domlora.data.engine import HASH_BITS
 from domlora.data.shards import shard_schema, write_shard
+from domlora.errors import ConfigError
 from domlora.features.schema import Schema
+from domlora.files import allow_open_files
 
 __all__ = ["ORDER_COLUMN", "SPLIT_COLUMN", "Piles", "by_order", "number_of_piles", "pile_of"]
 
 ORDER_COLUMN, SPLIT_COLUMN = "__order", "__split"
+_OTHER_FILES = 40
 Shown = Callable[[int], None]
 
 
@@ -34,6 +37,9 @@ class Piles:
         sizes: rows of each split.
         shard_rows: rows of a shard, about.
         folder: for the piles; each is removed once its shard is written.
+
+    Raises:
+        ConfigError: more shards than a process may have open files.
     """
 
     def __init__(self, schema: Schema, sizes: Mapping[str, int], shard_rows: int, folder: Path) -> None:
@@ -42,6 +48,13 @@ class Piles:
         self.first = np.cumsum([0, *self.counts])  # the number of each split's first pile
         self._rows = pa.schema([*shard_schema(schema), (ORDER_COLUMN, pa.int64())])
         self._files: dict[int, Any] = {}
+        most = allow_open_files() - _OTHER_FILES
+        if self.first[-1] > most:
+            raise ConfigError(
+                f"each shard needs an open file, and this process may have {most}",
+                received=f"{self.first[-1]} shards",
+                next_step="Raise shard_rows, or ulimit -Hn, or take --engine spark",
+            )
 
     def deal(self, columns: Mapping[str, pa.Array], order: pa.Array, split: pa.Array) -> None:
         """Put encoded rows on their piles."""

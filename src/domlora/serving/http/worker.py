@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import uvloop
 
 from domlora.errors import DomloraError
+from domlora.files import allow_open_files
 from domlora.serving.http.exchange import Scorer
 from domlora.serving.http.logs import App, Logged, log_to
 from domlora.serving.http.metrics import Metrics
@@ -169,14 +169,13 @@ class _Worker:
 
 
 def _make_room(connections: int) -> None:
-    """Have as many open files as may be, and the kernel's table for so many connections now.
+    """Have the kernel's table of open files for so many connections now.
 
     Linux lets a process with threads wait 5 to 15 ms each time that the table doubles, at the 64th, 128th, 256th
     connection: just when many come at once.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allow_open_files()
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         os.close(fcntl.fcntl(sys.stdin.fileno(), fcntl.F_DUPFD_CLOEXEC, connections + _OTHER_FILES))
 
 
