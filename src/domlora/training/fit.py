@@ -151,6 +151,7 @@ class Run:
         self.saved = self.shown = time.perf_counter()
         self.home, self.device = brought((self.model, self.stepped), options.device)
         self.engine = engine()
+        rules = self.rules_left(rules)
         self.optimizer = Optimizer(self.stepped, rules)
         self.called = self.engine.called(self.stepped, self.optimizer.lazy)
         self.identity = {} if checkpoint is None else self.identify(rules)
@@ -178,6 +179,10 @@ class Run:
     def building() -> AbstractContextManager[None]:
         """What a model that such a run trains from its start is built within."""
         return nullcontext()
+
+    def rules_left(self, rules: OptimizerOptions) -> OptimizerOptions:
+        """What is left to the optimizer, where a kind of run sees to some of it itself."""
+        return rules
 
     def identify(self, rules: OptimizerOptions) -> dict[str, str]:
         """What a run must have in common with the one it goes on; reads every weight."""

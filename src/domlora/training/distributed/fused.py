@@ -18,11 +18,9 @@ from domlora.training.checkpoint import flat, write_checkpoint
 from domlora.training.distributed.blocks import agreed, read_blocks_, write_blocks
 from domlora.training.distributed.tables import Tables
 from domlora.training.engine import engine
-from domlora.training.fit import Fit, FitOptions, Run
+from domlora.training.fit import Fit, Run
 from domlora.training.guard import check_finite
 from domlora.training.optimizers import OptimizerOptions
-from domlora.training.progress import OnProgress
-from domlora.training.rows import Rows
 
 __all__ = ["FusedRun"]
 
@@ -37,26 +35,17 @@ class FusedRun(Run):
             :class:`~domlora.training.distributed.tables.Tables`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Rows,
-        options: FitOptions,
-        rules: OptimizerOptions,
-        on_progress: OnProgress | None = None,
-        checkpoint: Path | None = None,
-        checkpoint_every_s: float = 600.0,
-    ) -> None:
-        if options.average_decay or options.device not in ("", "cpu"):
+    def rules_left(self, rules: OptimizerOptions) -> OptimizerOptions:
+        """All but the rule of the tables, whose rows are taken out of the model here."""
+        if self.options.average_decay or self.options.device not in ("", "cpu"):
             raise ConfigError(
                 "fused tables are on the CPU, and weights have no average with them",
-                received=f"average_decay={options.average_decay}, device={options.device!r}",
+                received=f"average_decay={self.options.average_decay}, device={self.options.device!r}",
                 next_step="Leave both out, or set tables.name to 'rowwise_adagrad', which has the same formula",
             )
         self.rules, self.best_rows = rules, dict[str, Tensor]()
-        self.tables = Tables(model, rules.tables)
-        others = replace(rules, tables=replace(rules.tables, name="rowwise_adagrad"))
-        super().__init__(model, data, options, others, on_progress, checkpoint, checkpoint_every_s)
+        self.tables = Tables(self.model, rules.tables)
+        return replace(rules, tables=replace(rules.tables, name="rowwise_adagrad"))
 
     @staticmethod
     def building() -> AbstractContextManager[None]:
