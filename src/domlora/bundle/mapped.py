@@ -19,10 +19,9 @@ from domlora.files import told
 
 __all__ = ["map_tensor", "map_tensors", "on_disk", "unshared"]
 
-# without it Linux refuses to map a file that is longer than its memory, for all of it might be changed
-_UNRESERVED = getattr(
-    mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0
-)  # Python has the name from 3.13 on
+# Without it Linux refuses to map a file that is longer than its memory, for all of it might be changed. Python has the name
+# from 3.13 on.
+_UNRESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
