@@ -24,14 +24,7 @@ from domlora.evaluation.evaluate import Predictions
 from domlora.features.batch import Batch
 from domlora.files import only_one
 from domlora.training.average import Average
-from domlora.training.checkpoint import (
-    check_same_run,
-    flat,
-    in_parts,
-    read_checkpoint,
-    start_digest,
-    write_checkpoint,
-)
+from domlora.training.checkpoint import check_same_run, flat, in_parts, read_checkpoint, start_digest, write_checkpoint
 from domlora.training.device import brought, random_state, set_random_state
 from domlora.training.engine import engine
 from domlora.training.guard import Place, check_finite, explodes, lost_in
