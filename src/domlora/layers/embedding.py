@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domlora.errors import EngineError
 from domlora.features.schema import PAD_ID, Pooling
 from domlora.layers.pooling import bags_of, max_of_bags, pool, sum_of_bags
 from domlora.layers.rows import starting_rows
@@ -42,6 +43,9 @@ class EmbeddingTable(nn.Module):
     **Shape**: ``ids (B, S)`` int64, each slot counted within its own feature, to ``(B, S, E)``. ``weight`` is
     ``(sum(num_ids), E)``; the rows of slot ``s`` start at ``offsets[s]``. An id is not checked against its own
     feature: the encoder never makes one that is too large.
+
+    Raises:
+        EngineError: called while it has some of its rows alone.
 
     Args:
         num_ids: ids of each feature. May be empty.
@@ -91,11 +95,20 @@ class EmbeddingTable(nn.Module):
         rows = ids + self.offsets
         if self.fetch is not None:
             return self.fetch(rows.flatten()).view(*rows.shape, self.embedding_dim)
+        self._check_whole()
         if self.sparse or self.weight.device.type != "cpu":
             return F.embedding(rows, self.weight, sparse=self.sparse)
         # the same numbers; on a CPU the dense backward of index_select takes half the time of F.embedding's, and a
         # seventh for vectors of one number
         return self.weight.index_select(0, rows.flatten()).view(*rows.shape, self.embedding_dim)
+
+    def _check_whole(self) -> None:
+        if self.stretch is not None:
+            raise EngineError(
+                "a table that is cut must be trained by the ranks that have its rows",
+                received=f"rows {self.stretch.start} to {self.stretch.stop} of {self.stretch.num_rows}",
+                next_step="Set tables.name to 'fused_rowwise_adagrad', or build the model outside of cut_tables",
+            )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.embedding_dim}, slots={len(self.offsets)}, sparse={self.sparse}"
@@ -153,6 +166,7 @@ class PooledTable(EmbeddingTable):
             vectors = self.fetch(rows[kept])
             places = torch.zeros_like(rows).masked_scatter(kept, torch.arange(len(vectors), device=rows.device))
             return self._in_bags(vectors, places, kept, sparse=False)
+        self._check_whole()
         if torch.compiler.is_compiling() or not (self.sparse or self.weight.device.type == "cpu"):
             return self._masked(rows, kept)
         return self._in_bags(self.weight, rows, kept, sparse=self.sparse)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domlora.errors import EngineError
 from domlora.features.schema import Feature, Schema
 from domlora.layers import rows
-from domlora.layers.embedding import EmbeddingTable
+from domlora.layers.embedding import EmbeddingTable, Field, PooledTable
 from domlora.layers.rows import cut_tables, empty_tables, stretch_of
 from domlora.models.build import build_model
 
@@ -54,6 +55,15 @@ def test_a_model_is_the_same_but_for_the_rows_of_its_tables(options: dict[str, o
     for name, weight in model.state_dict().items():
         expected = whole[name][tables[name].start : tables[name].stop] if name in tables else whole[name]
         assert torch.equal(weight, expected), name
+
+
+def test_a_table_that_is_cut_says_nothing() -> None:
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    with cut_tables(0, 2):
+        tables = [EmbeddingTable([5], 2), PooledTable([Field(5, pooling="mean")], 2)]
+    for table in tables:
+        with pytest.raises(EngineError, match="rows 0 to 3 of 5"):
+            table(ids)
 
 
 def test_empty_tables_have_a_shape_and_take_what_they_are_given() -> None:
