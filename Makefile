@@ -41,7 +41,7 @@ test-torchrec: $(STAMP)
 
 # Four servers in network namespaces behind nginx and HAProxy: needs root (Debian: apt-get install iproute2 nginx-light haproxy).
 test-scale: $(STAMP)
-	$(BIN)/pytest -m scale -s tests/scale/replicas.py
+	$(BIN)/python -m pytest -m scale -s tests/scale/replicas.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
