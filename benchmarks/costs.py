@@ -17,8 +17,8 @@ __all__ = ["TERMS", "UNITS", "Shape", "counts", "fit", "memory", "parameters", "
 
 FLOAT, INT = 4, 8  # bytes
 ADAM_MOMENTS, GLOO_MESSAGES = 2, 5
-SHARD_COPIES = 2.6
-"""Of a rank's rows when it starts: the most that docs/tables.md has, with a rest that does not grow in it."""
+SHARD_COPIES = 1.9
+"""Of a rank's rows when it starts: the most that docs/tables.md has."""
 CACHE_BYTES = 32 << 20
 """Of a processor: adapters with their moments that fit it cost nothing to stream."""
 EMBEDDING_PASSES, UNIT_PASSES, DENSE_PASSES = 8, 10, 7

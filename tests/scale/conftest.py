@@ -1,4 +1,4 @@
-"""Several machines on one: run with ``pytest -m scale -s tests/scale/replicas.py``, as root."""
+"""Several machines on one: run with ``python -m pytest -m scale -s tests/scale/replicas.py``, as root."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from domlora.training.optimizers import Rule
 __all__ = ["Tables"]
 
 _EPS = 1e-8
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18  # numbers
 _ODD = -7046029254386353131  # 2**64 over the golden ratio, as a number with a sign
 _FEATURE, _TABLE = "rows", "table"
 
@@ -267,8 +267,9 @@ def _cut(num_rows: int, width: int, settings: Mapping[str, float], group: dist.P
 def _sum_of(rows: Tensor, start: int) -> int:
     """The sum, modulo 2**64, of what each number's bits and its place in the whole table are mixed to."""
     found = torch.zeros((), dtype=torch.int64)
-    for first in range(0, len(rows), _CHUNK):
-        bits = rows[first : first + _CHUNK].contiguous().view(torch.int32).long()
+    step = max(1, _CHUNK // rows.shape[1])
+    for first in range(0, len(rows), step):
+        bits = rows[first : first + step].contiguous().view(torch.int32).long()
         places = torch.arange(bits.numel()).view_as(bits) + (start + first) * bits.shape[1]
         mixed = (bits + places * _ODD) * _ODD
         found += ((mixed ^ (mixed >> 29)) * _ODD).sum()
