@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
-from domlora.studies.reporting.cells import TRUTH, Line, Pair, pair_of, value_of
+from domlora.studies.reporting.cells import TRUTH, Pair, scores_of, value_of
 from domlora.studies.reporting.selection import is_selected
 from domlora.studies.reporting.statistics import LEVEL, Interval, Spread, holm, p_value, paired, spread
 from domlora.studies.reporting.tables import DatasetTable
@@ -50,33 +51,28 @@ def standings(dataset: DatasetTable) -> tuple[Standing, ...]:
     Args:
         dataset: whose runs are compared. Arms that were selected repeat others and are left out.
     """
-    runs: defaultdict[tuple[str, str], dict[Pair, Line]] = defaultdict(dict)
-    for line in dataset.runs:
-        if line["method"] != TRUTH and not is_selected(line):
-            runs[line["model"], line["method"]][pair_of(line)] = line
-    whole = {key: lines for key, lines in runs.items() if len(lines) == len(dataset.seeds)}
+    runs = [line for line in dataset.runs if line["method"] != TRUTH and not is_selected(line)]
+    scores, valid = (scores_of((line, value_of(line, name)) for line in runs) for name in ("wauc", "valid_wauc"))
+    whole = [key for key, own in scores.items() if len(own) == len(dataset.seeds)]
     if len(dataset.models) < 2 or not whole:
         return ()
-    best = max(whole, key=lambda key: spread(value_of(line, "valid_wauc") for line in whole[key].values()).mean)
-    others = sorted(key for key in runs if key != best)
-    differences = [_difference(runs[key], runs[best]) for key in others]
-    adjusted = holm([p_value(each) for each in differences])
-    found = [
-        _standing(key, runs[key], difference, p)
-        for key, difference, p in zip(others, differences, adjusted, strict=True)
+    worth = {key: spread(valid.get(key, {}).values()) for key in scores}
+    best = max(whole, key=lambda key: worth[key].mean)
+    others = sorted(scores.keys() - {best})
+    differences = [_difference(scores[key], scores[best]) for key in others]
+    tests = [(paired([]), math.nan), *zip(differences, holm([p_value(each) for each in differences]), strict=True)]
+    first, *found = [
+        Standing(*key, spread(scores[key].values()), worth[key], *test, _without_tables(dataset, *key))
+        for key, test in zip([best, *others], tests, strict=True)
     ]
-    first = _standing(best, runs[best], paired([]), float("nan"))
     return (first, *sorted(found, key=attrgetter("score.mean"), reverse=True))
 
 
-def _difference(lines: dict[Pair, Line], best: dict[Pair, Line]) -> Interval:
-    both = sorted(lines.keys() & best.keys())
-    return paired(value_of(lines[pair], "wauc") - value_of(best[pair], "wauc") for pair in both)
+def _difference(own: Mapping[Pair, float], best: Mapping[Pair, float]) -> Interval:
+    return paired(own[pair] - best[pair] for pair in sorted(own.keys() & best.keys()))
 
 
-def _standing(key: tuple[str, str], lines: dict[Pair, Line], difference: Interval, p: float) -> Standing:
-    score, valid = (spread(value_of(line, name) for line in lines.values()) for name in ("wauc", "valid_wauc"))
-    counts = {(line.get("params_total"), line.get("params_tables")) for line in lines.values()}
-    total, tables = counts.pop() if len(counts) == 1 else (None, None)
-    without = None if total is None or tables is None else int(total) - int(tables)
-    return Standing(*key, score, valid, difference, p, without)
+def _without_tables(dataset: DatasetTable, model: str, method: str) -> int | None:
+    """None also where seeds differ in it."""
+    counts = [row.without_tables for row in dataset.parameters if row.model == model and method in row.methods]
+    return counts[0] if len(counts) == 1 else None
