@@ -161,7 +161,7 @@ class _Kept:
         self.lr = rule.lr * share
         settings = {"learning_rate": self.lr, "eps": _EPS * share, "weight_decay": rule.weight_decay / share}
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
-        each = -(-self.num_rows // size)
+        each = stretch_of(self.num_rows, 0, size).stop
         whole = (each * size, filled)  # all ranks have a row, if only to fill up
         found = _alone(*whole, settings) if group is None else _on_ranks(*whole, settings, group)
         self.lookup, self.set_lr = found.lookup, found.set_lr
