@@ -23,6 +23,7 @@ from domlora.evaluation.evaluate import Predictions
 from domlora.evaluation.metrics import log_loss, wauc
 from domlora.features.schema import Schema
 from domlora.files import new_folder
+from domlora.layers.rows import empty_tables
 from domlora.models.build import build_model
 from domlora.training.onboard import fit_options, is_better
 from domlora.training.one_row import Adapters, OneRow, alone
@@ -87,7 +88,8 @@ class Worker:
         self.places = places_of(job.folder, schema.domains)
         self.rows = CutRows(job.folder / ROWS, schema)
         options = json.loads((base / "model.json").read_text(encoding="utf-8"))
-        model = build_model(schema=schema, **options)
+        with empty_tables():  # they come with the weights
+            model = build_model(schema=schema, **options)
         model.load_state_dict(load_file(base / "model.safetensors"), assign=True)
         if base_fingerprint(model) != job.base:
             raise BundleError("the base of a parallel run must be the one it began with", received=str(base))
