@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from domlora.cli.options import Raw, Settings
+from domlora.cli.options import Device, Raw, Settings
 from domlora.errors import ConfigError, needing
 from domlora.terminal import STDOUT, print_line
 
@@ -22,6 +23,7 @@ def study(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; runs/NAME without it.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes that train at the same time; 0 for one a core.")] = 0,
     raw: Raw = None,
+    device: Device = "",
     settings: Settings = None,
 ) -> None:
     """Run datasets x models x arms x seeds, after the search of options if the file has one.
@@ -35,6 +37,7 @@ def study(
     from domlora.studies.study import Study
 
     plan = parse(Study, with_settings(read_toml(config), settings or ()))
+    plan = replace(plan, device=device or plan.device)
     folder = out or Path("runs") / plan.name
     command = " ".join(["domlora study", config.as_posix(), *(f"--set '{setting}'" for setting in settings or ())])
     jobs = jobs or os.cpu_count() or 1

@@ -31,6 +31,7 @@ from domlora.studies.searching.space import Range
 from domlora.studies.searching.tuning import Found, Tuned, check_optuna, tune
 from domlora.studies.single import checkpoint, digest, keep_base, open_rows, train_once, what_matters
 from domlora.studies.study import DatasetSpec, Study, write_facts
+from domlora.training.device import device_named
 from domlora.training.fit import Fit
 from domlora.training.stages import with_vectors
 
@@ -83,10 +84,12 @@ def run_study(
         on_found: called with what each search found, old ones too.
 
     Raises:
-        ConfigError: an option of a model that it does not have, or a search without Optuna.
+        ConfigError: an option of a model that it does not have, a device that is not there, or a search without Optuna.
     """
     if study.search is not None:
         check_optuna()
+    if study.device:
+        device_named(study.device)
     folder.mkdir(parents=True, exist_ok=True)
     write_facts(study, folder, command)
     specs = {name: _prepared(name, spec, folder, raw) for name, spec in study.datasets.items()}

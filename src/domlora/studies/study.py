@@ -15,6 +15,7 @@ from domlora.errors import ConfigError, nearest
 from domlora.models.build import MODELS
 from domlora.studies.searching.space import Options, Range, Search, Space, dotted, nested, read_space, space_of
 from domlora.training.methods import METHODS
+from domlora.training.stages import placed
 
 __all__ = ["Arm", "DatasetSpec", "Selection", "Study", "read_facts", "write_facts"]
 
@@ -93,6 +94,7 @@ class Study:
         arms: by name; those that ``methods`` names are run.
         select: arms that the report derives from others, by name; see :mod:`domlora.studies.reporting.selection`.
         search: what is tuned, and how; nothing without it.
+        device: where all trainings run, such as ``cuda``; without it where ``config`` says. No run is made anew for it.
         reference, steps: how the report reads the arms: which one they are compared with, and an order in which each adds
             one thing to the one before.
 
@@ -112,6 +114,7 @@ class Study:
     arms: dict[str, Arm] = field(default_factory=dict)
     select: dict[str, Selection] = field(default_factory=dict)
     search: Search | None = None
+    device: str = ""
     reference: str = _BASE
     steps: tuple[str, ...] = ()
 
@@ -159,7 +162,8 @@ class Study:
             rule = "models names the models of a study, so that config must not hold model.name"
             raise ConfigError(rule, received=table["model"]["name"])
         config = _parsed(json.dumps(table, sort_keys=True, default=str))
-        return replace(config, model={"name": model, **table.get("model", {})})
+        recipe = placed(config.train, self.device) if self.device else config.train
+        return replace(config, model={"name": model, **table.get("model", {})}, train=recipe)
 
     def space_of(self, model: str, arm: str) -> Space:
         """What a search tunes in one arm of one model.

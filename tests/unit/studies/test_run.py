@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from domlora.config import Config, parse
+from domlora.errors import ConfigError
 from domlora.studies.reporting.tables import read_results, tabulate
 from domlora.studies.run import run_study
 from domlora.studies.single import train_once, what_matters
@@ -173,6 +174,12 @@ def test_an_option_that_a_model_does_not_have_is_found_before_it_trains(
     ):
         run_study(study(**options), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_found_before_anything_is_written(study: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device must be one.*tpu9"):
+        run_study(study(device="tpu9"), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_does_not_matter_to_a_method_is_not_among_what_matters() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from domlora.config import parse
 from domlora.errors import ConfigError
+from domlora.studies.single import what_matters
 from domlora.studies.study import Arm, DatasetSpec, Study, read_facts, write_facts
 
 SPACE = {
@@ -115,6 +116,13 @@ def test_options_are_merged_key_by_key(study: Any) -> None:
     arm = plan.config_of("world", "mlp", "t4").train
     assert (arm.adapter.temperature, arm.joint.fit.batch_size) == (4, 64)
     assert plan.config_of("world", "mlp").train.adapter.temperature == 16
+
+
+def test_a_device_is_that_of_all_stages_and_changes_no_result(study: Any) -> None:
+    here, there = study(), study(device="cuda")
+    train = there.config_of("world", "mlp", "two_stage").train
+    assert {train.pretrain.fit.device, train.joint.fit.device, train.adapt.fit.device} == {"cuda"}
+    assert what_matters(there.config_of("world", "mlp"), "base") == what_matters(here.config_of("world", "mlp"), "base")
 
 
 def test_options_of_one_model_are_not_those_of_another(study: Any) -> None:
