@@ -142,7 +142,7 @@ def _model_options(study: Study, dataset: str, model: str) -> Iterator[dict[str,
 
 def _tasks(study: Study, specs: Mapping[str, DatasetSpec], folder: Path, tuned: Tuned, threads: int) -> Iterator[_Task]:
     for name, spec in specs.items():
-        for seed in study.seeds:
+        for seed in study.seeds_of(name):
             for model in study.models:
                 arms = tuple(_arm(study, name, model, arm, tuned) for arm in study.arms_of(model))
                 yield _Task(study.name, folder, name, spec, model, arms, seed, threads)

@@ -32,6 +32,7 @@ class DatasetSpec:
         folder: a prepared dataset.
         world: a synthetic world; each seed of the study is a world of its own, and ``num_rows`` are drawn from it.
         config: options of all models on this dataset, on top of the study's.
+        seeds: instead of the study's, such as more of them where a dataset is noisy.
     """
 
     source: str | None = None
@@ -40,6 +41,7 @@ class DatasetSpec:
     world: World | None = None
     num_rows: int = 400_000
     config: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if sum(choice is not None for choice in (self.source, self.folder, self.world)) != 1:
@@ -143,6 +145,10 @@ class Study:
         names = dict.fromkeys((_BASE, *self.methods))
         return tuple(name for name in names if model in (self.arm(name).models or self.models))
 
+    def seeds_of(self, dataset: str) -> tuple[int, ...]:
+        """The seeds that a dataset is run with."""
+        return self.datasets[dataset].seeds or self.seeds
+
     def config_of(
         self, dataset: str, model: str, arm: str = _BASE, *, below: Options | None = None, tuned: Options | None = None
     ) -> Config:
@@ -184,7 +190,8 @@ class Study:
     def tuning_seeds(self) -> tuple[int, ...]:
         """Seeds of the trainings of a trial: none of ``seeds``, unless the search names them."""
         given = () if self.search is None else self.search.seeds
-        return given or ((0,) if 0 not in self.seeds else (max(self.seeds) + 1,))
+        used = {seed for dataset in self.datasets for seed in self.seeds_of(dataset)}
+        return given or ((0,) if 0 not in used else (max(used) + 1,))
 
     def _check_arms(self) -> None:
         for name, arm in self.arms.items():

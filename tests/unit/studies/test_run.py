@@ -140,6 +140,13 @@ def test_options_of_a_dataset_are_its_own(study: Any, tmp_path: Path) -> None:
     assert units == {"one": [8], "two": [4]}
 
 
+def test_seeds_of_a_dataset_are_its_own(study: Any, tmp_path: Path) -> None:
+    small = {"world": {"num_domains": 2, "num_dense": 3}, "num_rows": 500}
+    plan = study(methods=["base"], datasets={"one": small, "noisy": {**small, "seeds": [2, 3]}})
+    lines = [line for line in read_results(run_study(plan, tmp_path)) if line["model"] == "mlp"]
+    assert {(line["dataset"], line["seed"]) for line in lines} == {("one", 1), ("noisy", 2), ("noisy", 3)}
+
+
 def test_lines_from_before_there_were_arms_still_count(study: Any, tmp_path: Path) -> None:
     """They are read as they are; a study that goes on adds what they lack, without a training."""
     results = run_study(study(), tmp_path)

@@ -183,6 +183,14 @@ def test_seeds_of_the_search_are_none_of_the_study_unless_asked(study: Any) -> N
     assert study(seeds=[1, 2], search={"space": SPACE, "seeds": [2, 7]}).tuning_seeds == (2, 7)
 
 
+def test_a_dataset_may_have_seeds_of_its_own(study: Any) -> None:
+    noisy = {"world": {"world": {}}, "noisy": {"world": {}, "seeds": [0, 1, 2, 3]}}
+    plan = study(seeds=[1, 2], datasets=noisy)
+    assert plan.seeds_of("world") == (1, 2)
+    assert plan.seeds_of("noisy") == (0, 1, 2, 3)
+    assert plan.tuning_seeds == (4,)
+
+
 def test_facts_of_a_study(study: Any, tmp_path: Path) -> None:
     assert read_facts(tmp_path / "nowhere") == {"title": "nowhere", "command": ""}
     arms = {"t4": {"method": "joint", "title": "temperature 4"}, "t8": {"method": "joint"}}
