@@ -195,8 +195,12 @@ class Study:
 
     def _check_arms(self) -> None:
         for name, arm in self.arms.items():
-            if not name or name in (*METHODS, *MODELS, _TRUTH):
-                raise ConfigError("an arm needs a name that no method and no model has", received=name)
+            is_method = name != _BASE and arm == Arm(name, title=arm.title, models=arm.models)
+            if not name or (name in (*METHODS, *MODELS, _TRUTH) and not is_method):
+                rule = (
+                    "an arm needs a name that no model has, and no method unless it only restricts the method to models"
+                )
+                raise ConfigError(rule, received=name)
             _check_names(f"method of arm {name!r}", [arm.method], METHODS)
             _check_names(f"model of arm {name!r}", arm.models, self.models)
             if arm.tuned_as:

@@ -36,8 +36,13 @@ SPACE = {
         ({"datasets": {"x": {"folder": "y", "config": {"trian": {}}}}}, "'trian'.*'train'"),
         ({"arms": {"t4": {"method": "joined"}}}, "method of arm 't4'.*'joined'.*'joint'"),
         ({"arms": {"t4": {"methd": "joint"}}}, r"\[arms.t4\].*'methd'.*'method'"),
-        ({"arms": {"joint": {"method": "joint"}}}, "name that no method and no model has.*'joint'"),
-        ({"arms": {"mlp": {"method": "joint"}}}, "name that no method and no model has.*'mlp'"),
+        (
+            {"arms": {"joint": {"method": "joint", "config": {"model": {"dropout": 0.1}}}}},
+            "name that no model.*'joint'",
+        ),
+        ({"arms": {"joint": {"method": "two_stage"}}}, "name that no model.*'joint'"),
+        ({"arms": {"base": {"method": "base", "models": ["mlp"]}}}, "name that no model.*'base'"),
+        ({"arms": {"mlp": {"method": "joint"}}}, "name that no model.*'mlp'"),
         ({"arms": {"truth": {"method": "joint"}}}, "'truth'"),
         ({"arms": {"a": {"method": "joint", "models": ["dcn"]}}}, "model of arm 'a'.*'dcn'.*'mlp'"),
         ({"arms": {"a": {"method": "joint", "tuned_as": "b"}}}, "tuned_as of arm 'a'.*'b'"),
@@ -70,6 +75,13 @@ def test_an_arm_may_be_run_on_some_models_only(study: Any) -> None:
     plan = study(models=["mlp", "star"], methods=["t4", "joint"], arms={"t4": {"method": "joint", "models": ["star"]}})
     assert plan.arms_of("mlp") == ("base", "joint")
     assert plan.arms_of("star") == ("base", "t4", "joint")
+
+
+def test_a_method_may_be_run_on_some_models_only(study: Any) -> None:
+    arms = {"joint": {"method": "joint", "models": ["star"]}}
+    plan = study(models=["mlp", "star"], methods=["joint", "two_stage"], arms=arms)
+    assert plan.arms_of("mlp") == ("base", "two_stage")
+    assert plan.arms_of("star") == ("base", "joint", "two_stage")
 
 
 def test_a_method_is_an_arm_without_options(study: Any) -> None:
