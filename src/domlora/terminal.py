@@ -45,8 +45,11 @@ def print_json(value: Any) -> None:
 
 def print_line(line: dict[str, Any]) -> None:
     """One result of a study."""
-    wauc = "   -  " if line["wauc"] is None else f"{100 * line['wauc']:6.2f}"
     where = f"{line['dataset']:<20} {line['model']:<10} {line['method']:<10} seed {line['seed']}"
+    if "failed" in line:
+        STDOUT.print(f"{where}  failed: {line['failed']}", markup=False, highlight=False, soft_wrap=True)
+        return
+    wauc = "   -  " if line["wauc"] is None else f"{100 * line['wauc']:6.2f}"
     STDOUT.print(f"{where}  test WAUC {wauc}", highlight=False)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from domlora import cli
+from domlora.errors import ConfigError
 
 QUICK = [
     "--set", "model.hidden_units=[16,8]",
@@ -69,6 +70,12 @@ def test_evaluate_prints_a_line_a_domain(walked: Path, capsys: pytest.CaptureFix
     assert "M" in said
     scores = json.loads((walked / "scores.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in scores["domains"]] == ["F", "M"]
+
+
+def test_adapt_does_not_change_the_model(walked: Path) -> None:
+    words = ("adapt", "--data", walked / "data", "--bundle", walked / "base", "--out", walked / "other")
+    with pytest.raises(ConfigError, match=r"model.dropout=0.5; the bundle has"):
+        domlora(*words, "--set", "model.dropout=0.5")
 
 
 def test_adapters_off_is_the_base(walked: Path) -> None:

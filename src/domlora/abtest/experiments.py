@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from domlora.errors import ConfigError, DataError, nearest
 
-__all__ = ["HOLDOUT", "METRICS", "Arm", "Experiment", "Guardrail", "Status"]
+__all__ = ["HOLDOUT", "METRICS", "Arm", "Experiment", "Guardrail", "Status", "check_metric", "check_within"]
 
 Status = Literal["draft", "running", "stopped"]
 
@@ -65,8 +65,8 @@ class Guardrail:
     margin: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_metric(self.metric)
-        _check_within(self.margin, "a guardrail's margin", 0.0, 1.0)
+        check_metric(self.metric)
+        check_within(self.margin, "a guardrail's margin", 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +134,10 @@ class Experiment:
             _check_name(name, what)
         _check_arms(self.arms)
         _check_share(self.share)
-        _check_metric(self.primary)
-        _check_within(self.holdout, "the holdout", -1e-9, 1.0)
+        check_metric(self.primary)
+        check_within(self.holdout, "the holdout", -1e-9, 1.0)
         for name in ("effect", "power", "alpha"):
-            _check_within(getattr(self, name), name, 0.0, 1.0)
+            check_within(getattr(self, name), name, 0.0, 1.0)
         if not (_is_number(self.look_s) and self.look_s > 0 and _is_number(self.cuped_s) and self.cuped_s >= 0):
             raise ConfigError("times must be seconds", received=(self.look_s, self.cuped_s))
         if self.domains is not None and (not self.domains or not all(isinstance(name, str) for name in self.domains)):
@@ -259,7 +259,8 @@ def _check_arms(arms: tuple[Arm, ...]) -> None:
         raise ConfigError("no arm may be called like the units that are kept out", received=HOLDOUT)
 
 
-def _check_metric(name: str) -> None:
+def check_metric(name: str) -> None:
+    """Refuse a metric that nobody knows."""
     if name not in METRICS:
         raise ConfigError("unknown metric", received=name, next_step=nearest(str(name), METRICS))
 
@@ -283,7 +284,8 @@ def _check_life(experiment: Experiment) -> None:
         raise ConfigError("a slot must lie within 0 and 1", received=experiment.slot)
 
 
-def _check_within(value: float, what: str, low: float, high: float) -> None:
+def check_within(value: float, what: str, low: float, high: float) -> None:
+    """Refuse what is not a number strictly between two."""
     if not _is_number(value) or not low < value < high:
         raise ConfigError(f"{what} must be between {max(low, 0):g} and {high:g}", received=value)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from domlora.abtest.aggregate import Floats, columns_of, log_of, spread_of
+from domlora.abtest.experiments import check_metric, check_within
 from domlora.abtest.sequential import drift, planned_information
 from domlora.abtest.statistics import compare
 from domlora.errors import ConfigError
@@ -55,13 +56,12 @@ def needed_units(
         part: share of the units in the treatment.
 
     Raises:
-        ConfigError: ``part`` is no share.
+        ConfigError: an effect, power, alpha or part that is not between 0 and 1.
 
     >>> needed_units((1 - 0.1) / 0.1, effect=0.05)
     124584
     """
-    if not 0 < part < 1:
-        raise ConfigError("the treatment's part must be between 0 and 1", received=part)
+    _check(effect, power, alpha, part)
     information = planned_information(effect, power, alpha)
     return int(np.ceil(relative_variance * (1 / part + 1 / (1 - part)) * information))
 
@@ -93,8 +93,13 @@ def needed(
         day_s: length of a day of the log.
 
     Raises:
+        ConfigError: no such metric; an effect, power, alpha or part that is not between 0 and 1; a share above 1.
         DataError: the log has no units.
     """
+    check_metric(metric)
+    _check(effect, power, alpha, part)
+    if not 0 < share <= 1:
+        raise ConfigError("the share of all units must be above 0 and at most 1", received=share)
     with log_of(log) as opened:
         looks = spread_of(opened, look_s=day_s, metric=metric, domains=domains)
     found = compare(looks, looks, columns_of(metric, cuped=False))
@@ -106,6 +111,11 @@ def needed(
     detectable = {length: _detectable(_at(information, length), drift(power, alpha)) for length in lengths}
     total = int(_at(units, days)) if np.isfinite(days) else None
     return Need(metric, effect, power, alpha, float(found.control[-1]), total, days, detectable)
+
+
+def _check(effect: float, power: float, alpha: float, part: float) -> None:
+    for name, value in (("effect", effect), ("power", power), ("alpha", alpha), ("the treatment's part", part)):
+        check_within(value, name, 0.0, 1.0)
 
 
 def _slope(values: Floats) -> float:

@@ -21,7 +21,9 @@ __all__ = ["report", "study"]
 def study(
     config: Annotated[Path, typer.Argument(help="TOML file of the study, such as studies/movielens_gen.toml.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; runs/NAME without it.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes that train at the same time; 0 for one a core.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that train at the same time, also on one GPU; 0 for one a core.")
+    ] = 0,
     raw: Raw = None,
     device: Device = "",
     settings: Settings = None,
@@ -39,7 +41,8 @@ def study(
     plan = parse(Study, with_settings(read_toml(config), settings or ()))
     plan = replace(plan, device=device or plan.device)
     folder = out or Path("runs") / plan.name
-    command = " ".join(["domlora study", config.as_posix(), *(f"--set '{setting}'" for setting in settings or ())])
+    given = [*([f"--raw {raw}"] if raw else []), *(f"--set '{setting}'" for setting in settings or ())]
+    command = " ".join(["domlora study", config.as_posix(), *given])
     jobs = jobs or os.cpu_count() or 1
     results = run_study(plan, folder, raw=raw, jobs=jobs, command=command, on_result=print_line, on_found=_print_found)
     STDOUT.print(f"results in {results}\nmake the page with: domlora report {folder}", highlight=False, soft_wrap=True)
@@ -55,10 +58,9 @@ def report(
 ) -> None:
     """Make the tables (mean and spread over seeds, paired differences with intervals) and one self-contained page."""
     with needing("report", "a report"):
-        from domlora.studies.report import write_report
+        from domlora.studies.report import study_tables, write_report
     from domlora.studies.reporting.arms import arms_of
-    from domlora.studies.reporting.selection import selected
-    from domlora.studies.reporting.tables import read_results, tabulate
+    from domlora.studies.reporting.tables import read_results
     from domlora.studies.reporting.text import to_markdown
     from domlora.studies.study import read_facts
 
@@ -77,7 +79,7 @@ def report(
         command=facts["command"],
         facts=facts,
     )
-    tables = tabulate(selected(results, facts))
+    tables = study_tables(results, facts)
     STDOUT.print(to_markdown(tables, arms_of(facts, tables)), markup=False, highlight=False, soft_wrap=True)
     STDOUT.print(f"wrote {out}", highlight=False, soft_wrap=True)
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -98,17 +98,30 @@ def adapt(
     The base without adapters is a candidate too: the result is never worse than it on the validation split.
     """
     from domlora.bundle import Bundle
-    from domlora.config import load_config
+    from domlora.config import load_config, with_settings
     from domlora.data.dataset import Dataset
 
     refuse_existing(out, overwrite)
     use_threads(threads)
     opened, rows = Bundle.open(bundle), Dataset.open(data)
+    _check_same_model(opened.model_options, with_settings({}, settings or ()).get("model", {}))
     options = replace(load_config(config, settings or ()), model=opened.model_options)
     check_same_encoder(opened, rows)
     found = _train(method, options, rows, opened, device, out, overwrite, track, track_to)
     start = found.history[0][options.train.adapt.fit.monitor]
     STDOUT.print(f"validation {start:.5f} -> {found.best_value:.5f}; wrote {out}", highlight=False)
+
+
+def _check_same_model(has: dict[str, Any], told: dict[str, Any]) -> None:
+    """A model that is there already keeps its options; saying them again is no mistake."""
+    for key, value in told.items():
+        if key in has and json.dumps(has[key]) == json.dumps(value):
+            continue
+        raise ConfigError(
+            "adapt takes the model from the bundle, so --set must not change it",
+            received=f"model.{key}={value}; the bundle has {has.get(key, 'no such option')}",
+            next_step="Run domlora pretrain with it",
+        )
 
 
 def _train(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from domlora.files import told
 from domlora.studies.reporting.arms import Arms, arms_of
 from domlora.studies.reporting.cells import Line
 from domlora.studies.reporting.findings import families, findings
 from domlora.studies.reporting.latex import to_latex
 from domlora.studies.reporting.page import page
+from domlora.studies.reporting.planned import planned
 from domlora.studies.reporting.selection import selected
 from domlora.studies.reporting.tables import DatasetTable, Tables, tabulate
 from domlora.studies.reporting.text import plain_markdown, to_csv, to_markdown
 
-__all__ = ["write_report"]
+__all__ = ["study_tables", "write_report"]
 
 
 def write_report(
@@ -46,9 +49,9 @@ def write_report(
             see :func:`domlora.studies.reporting.selection.selected`.
 
     Raises:
-        DataError: no run of a model.
+        DataError: no run of a model, or a file that cannot be written.
     """
-    tables = tabulate(selected(results, facts or {}))
+    tables = study_tables(results, facts or {})
     arms = arms_of(facts or {}, tables)
     heading = title or f"Study {', '.join(_studies(tables)) or 'without a name'}"
     outputs = [(out_html, page(tables, arms, heading, notes, command))]
@@ -60,6 +63,21 @@ def write_report(
         outputs.append((csv, to_csv(tables)))
     for path, text in outputs:
         _write(path, text)
+
+
+def study_tables(results: Iterable[Line], facts: Mapping[str, Any]) -> Tables:
+    """The tables of the lines that a study asks for and of the arms that it derives from them.
+
+    Raises:
+        DataError: no run of a model.
+    """
+    lines = list(results)
+    kept = planned(lines, facts)
+    tables = tabulate(selected(kept, facts))
+    if len(kept) == len(lines):
+        return tables
+    more = f"{len(lines) - len(kept)} runs of other options, arms, models or seeds than the study has now are left out."
+    return replace(tables, cautions=(more, *tables.cautions))
 
 
 def _studies(tables: Tables) -> list[str]:
@@ -86,13 +104,14 @@ def _said(dataset: DatasetTable) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Replace a file by another, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with fresh.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)

@@ -10,8 +10,8 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor
 from domlora.config import Config, load_plan
 from domlora.data.dataset import Dataset
 from domlora.data.prepare import prepare
+from domlora.errors import EngineError
 from domlora.evaluation.evaluate import Predictions, by_domain, predict
+from domlora.files import told
 from domlora.studies.parameters import build_on_meta, count_parameters, parameters_per_domain
 from domlora.studies.processes import in_processes
 from domlora.studies.reporting.tables import read_results
@@ -38,6 +40,7 @@ from domlora.training.stages import with_vectors
 __all__ = ["run_study"]
 
 RESULTS = "results.jsonl"
+_NAMES = ("dataset", "model", "method", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +93,23 @@ def run_study(
         check_optuna()
     if study.device:
         device_named(study.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_facts(study, folder, command)
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     specs = {name: _prepared(name, spec, folder, raw) for name, spec in study.datasets.items()}
     _check_models(study, specs)
     tuned = Tuned() if study.search is None else tune(study, specs, folder, jobs=jobs, on_found=on_found or _ignore)
-    tasks = _tasks(study, specs, folder, tuned, threads=max((os.cpu_count() or 1) // jobs, 1))
+    tasks = list(_tasks(study, specs, folder, tuned, threads=max((os.cpu_count() or 1) // jobs, 1)))
+    write_facts(study, folder, command, _planned(tasks))
+    failed = []
     for line in in_processes(_run, tasks, jobs):
         (on_result or _ignore)(line)
+        failed += [line] if "failed" in line else []
+    if failed:
+        raise EngineError(
+            "every run of a study must end well, and the others did",
+            received=f"{len(failed)} that failed, first {' '.join(str(failed[0][key]) for key in _NAMES)}",
+            next_step="Change the options of their arm, such as a smaller learning rate; what ended is kept",
+        )
     return folder / RESULTS
 
 
@@ -106,7 +118,8 @@ def _prepared(name: str, spec: DatasetSpec, folder: Path, raw: Path | None) -> D
     if spec.source is None:
         return spec
     plan = load_plan(spec.source, spec.settings)
-    out = folder / "data" / f"{name}-{digest([spec.source, list(spec.settings)])}"
+    told = [asdict(plan)] if plan.source.name is None else []  # a file of one's own may have changed since
+    out = folder / "data" / f"{name}-{digest([spec.source, list(spec.settings), *told])}"
     if not out.exists():
         prepare(plan, out, folder=raw if plan.source.name is not None else Path(spec.source).parent)
     return replace(spec, source=None, settings=(), folder=str(out))
@@ -153,6 +166,17 @@ def _arm(study: Study, dataset: str, model: str, name: str, tuned: Tuned) -> _Ar
     return _Arm(name, study.arm(name).method, config, study.search is not None)
 
 
+def _planned(tasks: Sequence[_Task]) -> dict[str, Any]:
+    """What the study asks for now: seeds, and the options of each model's arms, by dataset."""
+    found: dict[str, Any] = {}
+    for task in tasks:
+        told = found.setdefault(task.dataset, {"seeds": [], "arms": []})
+        arms = [[task.model, arm.name, digest(what_matters(arm.config, arm.kind))] for arm in task.arms]
+        told["seeds"] += [task.seed] if task.seed not in told["seeds"] else []
+        told["arms"] += [arm for arm in arms if arm not in told["arms"]]
+    return found
+
+
 def _ignore(_: Any) -> None:
     """What to do with results when nobody watches."""
 
@@ -168,11 +192,10 @@ def _run(task: _Task) -> Iterator[dict[str, Any]]:
         "seed": task.seed,
         "data_fingerprint": data.fingerprint(),
         "num_domains": data.schema.num_domains,
-        "versions": {"domlora": version("domlora"), "torch": torch.__version__},
     }
     if truth is not None:
         line = {**facts, "model": "truth", "method": "truth", "key": digest([facts, "truth"]), "config_hash": ""}
-        yield done.get(line["key"]) or _keep(task, {**line, **_scores(data, truth)})
+        yield done.get(line["key"]) or alike.get(_run_of(line)) or _keep(task, {**line, **_scores(data, truth)})
     for arm in task.arms:
         matters = what_matters(arm.config, arm.kind)
         line = {**facts, "model": task.model, "method": arm.name, "config_hash": digest(matters)}
@@ -180,7 +203,11 @@ def _run(task: _Task) -> Iterator[dict[str, Any]]:
         line |= {"key": key, "kind": arm.kind, "tuned": arm.tuned, "config": matters}
         known = done.get(key) or alike.get(_run_of(line))
         if known is None:
-            known = _keep(task, {**line, **_train(task, data, arm, key)})
+            try:
+                known = _keep(task, {**line, **_train(task, data, arm, key)})
+            except EngineError as error:
+                yield {**line, "failed": str(error)}
+                continue
         elif any(known.get(name) != line[name] for name in ("key", "kind", "tuned")):
             known = _keep(task, {**known, **line})  # the same run under another name
         alike[_run_of(line)] = known
@@ -188,8 +215,8 @@ def _run(task: _Task) -> Iterator[dict[str, Any]]:
 
 
 def _run_of(line: Mapping[str, Any]) -> str:
-    """What two lines share if one training stands behind both, whatever their arms are called."""
-    return digest([line.get(key) for key in ("dataset", "data_fingerprint", "seed", "config_hash", "versions")])
+    """What two lines share if one training stands behind both, whatever their arms are called and wherever it was made."""
+    return digest([line.get(key) for key in ("dataset", "data_fingerprint", "seed", "config_hash")])
 
 
 def _train(task: _Task, data: Dataset, arm: _Arm, key: str) -> dict[str, Any]:
@@ -227,9 +254,10 @@ def _training(found: Fit) -> dict[str, Any]:
 
 
 def _keep(task: _Task, line: dict[str, Any]) -> dict[str, Any]:
-    """Append one line; several processes may do so at once."""
+    """Append one line, with the versions that made it; several processes may do so at once."""
+    line = {"versions": {"domlora": version("domlora"), "torch": torch.__version__}, **line}
     text = json.dumps(_without_nan(line), ensure_ascii=False)
-    with (task.folder / RESULTS).open("a+b") as file:
+    with told(task.folder / RESULTS), (task.folder / RESULTS).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0, os.SEEK_END)
         if file.tell():

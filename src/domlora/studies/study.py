@@ -12,6 +12,7 @@ from typing import Any
 from domlora.config import Config, merged, parse
 from domlora.data.synthetic import World
 from domlora.errors import ConfigError, nearest
+from domlora.files import told
 from domlora.models.build import MODELS
 from domlora.studies.searching.space import Options, Range, Search, Space, dotted, nested, read_space, space_of
 from domlora.training.methods import METHODS
@@ -97,8 +98,8 @@ class Study:
         select: arms that the report derives from others, by name; see :mod:`domlora.studies.reporting.selection`.
         search: what is tuned, and how; nothing without it.
         device: where all trainings run, such as ``cuda``; without it where ``config`` says. No run is made anew for it.
-        reference, steps: how the report reads the arms: which one they are compared with, and an order in which each adds
-            one thing to the one before.
+        reference, steps: how the report's part about switches reads the arms: which one they are compared with there, and an
+            order in which each adds one thing to the one before. All else is compared with ``base``.
 
     Raises:
         ConfigError: an unknown name, key or option. All are checked here and not after hours, but for options of models,
@@ -123,6 +124,9 @@ class Study:
     def __post_init__(self) -> None:
         if not (self.datasets and self.models and self.seeds):
             raise ConfigError("a study needs a dataset, a model and a seed", received=self.name)
+        for seeds in (self.seeds, *(dataset.seeds for dataset in self.datasets.values())):
+            if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
+                raise ConfigError("a study needs seeds of at least 0 that differ", received=list(seeds))
         _check_names("model", self.models, MODELS)
         _check_names("overrides of a model", self.overrides, self.models)
         self._check_arms()
@@ -237,8 +241,13 @@ class Study:
                 self.space_of(model, arm)
 
 
-def write_facts(study: Study, folder: Path, command: str) -> None:
-    """Leave beside the results what the report says of a study as a whole."""
+def write_facts(study: Study, folder: Path, command: str, runs: Mapping[str, Any]) -> None:
+    """Leave beside the results what the report says of a study as a whole.
+
+    Args:
+        runs: which of the results are the study's now: by dataset its ``seeds``, and ``arms`` as model, name and hash of the
+            options.
+    """
     facts = {
         "title": study.title or study.name,
         "command": command,
@@ -246,8 +255,10 @@ def write_facts(study: Study, folder: Path, command: str) -> None:
         "steps": study.steps,
         "titles": {name: arm.title for name, arm in (study.arms | study.select).items() if arm.title},
         "select": {name: {"of": selection.of} for name, selection in study.select.items()},
+        "runs": runs,
     }
-    (folder / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    with told(folder / _FACTS):
+        (folder / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,16 @@ def test_from_a_draft_to_a_decision(tmp_path: Path) -> None:
     assert "# wide: ship wide" in run("analyze", tmp_path, "wide")
     assert "days find" in run("power", tmp_path, "--effect", "0.1")
     assert json.loads(run("power", tmp_path, "--json"))["metric"] == "ctr"
+    for option, value, said in (
+        ("--metric", "clicks", "unknown metric"),
+        ("--effect", "0", "effect must be between"),
+        ("--power", "1", "power must be between"),
+        ("--alpha", "2", "alpha must be between"),
+        ("--part", "0", "part must be between"),
+        ("--share", "0", "share of all units"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run("power", tmp_path, option, value)
     assert "wide: stopped" in run("stop", tmp_path, "wide")
 
 

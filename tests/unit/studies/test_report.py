@@ -417,6 +417,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
+def test_a_folder_in_the_way_is_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"possible to write.*directory"):
+        write_report(SMALL, tmp_path)
+
+
 def test_nothing_is_written_of_nothing(tmp_path):
     with pytest.raises(DataError, match="at least one run"):
         write_report([], tmp_path / "r.html", csv=tmp_path / "r.csv")

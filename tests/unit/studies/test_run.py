@@ -11,10 +11,12 @@ from unittest import mock
 import pytest
 
 from domlora.config import Config, parse
-from domlora.errors import ConfigError
+from domlora.errors import ConfigError, EngineError
+from domlora.studies.report import study_tables
 from domlora.studies.reporting.tables import read_results, tabulate
 from domlora.studies.run import run_study
 from domlora.studies.single import train_once, what_matters
+from domlora.studies.study import read_facts
 
 
 def keys(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
@@ -138,6 +140,35 @@ def test_options_of_a_dataset_are_its_own(study: Any, tmp_path: Path) -> None:
     lines = read_results(run_study(study(datasets=datasets, methods=["base"]), tmp_path))
     units = {line["dataset"]: line["config"]["model"]["hidden_units"] for line in lines if line["method"] == "base"}
     assert units == {"one": [8], "two": [4]}
+
+
+def test_a_report_is_of_the_study_as_it_is_now(study: Any, tmp_path: Path) -> None:
+    """Options that were changed and changed back, an arm and a seed that were dropped."""
+    for plan in (study(seeds=[1, 2]), study({"model": {"dropout": 0.5}}), study(methods=["joint"]), study()):
+        results = run_study(plan, tmp_path)
+    lines, facts = read_results(results), read_facts(tmp_path)
+    tables = study_tables(lines, facts)
+    assert [(r["method"], r["seed"]) for r in tables.runs] == [("base", 1), ("two_stage", 1), ("truth", 1)]
+    assert {r["config"]["model"]["dropout"] for r in tables.runs if r["method"] != "truth"} == {0.0}
+    assert tables.cautions[0].startswith(f"{len(lines) - 3} runs of other options")
+
+
+def test_another_version_of_torch_makes_no_run_anew(study: Any, tmp_path: Path) -> None:
+    results = run_study(study(), tmp_path)
+    old = [line | {"versions": {"torch": "2.0"}, "key": f"old{n}"} for n, line in enumerate(read_results(results))]
+    results.write_text("".join(json.dumps(line) + "\n" for line in old), encoding="utf-8")
+    with mock.patch("domlora.studies.run.train_once", side_effect=AssertionError):
+        lines = by_method(run_study(study(), tmp_path))
+    assert {line["versions"]["torch"] for line in lines.values()} == {"2.0"}  # what made them, not what found them
+
+
+def test_a_run_that_diverges_leaves_the_others_alone(study: Any, tmp_path: Path) -> None:
+    arms = {"wild": {"method": "base", "config": {"train": {"pretrain": {"optimizer": {"dense": {"lr": 1e30}}}}}}}
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(EngineError, match=r"1 that failed, first world mlp wild 1"):
+        run_study(study(methods=["wild", "two_stage"], arms=arms), tmp_path, on_result=seen.append)
+    assert [line["method"] for line in seen if "failed" not in line] == ["truth", "base", "two_stage"]
+    assert "wild" not in by_method(tmp_path / "results.jsonl")
 
 
 def test_seeds_of_a_dataset_are_its_own(study: Any, tmp_path: Path) -> None:

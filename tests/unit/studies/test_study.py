@@ -28,6 +28,8 @@ SPACE = {
         ({"models": ["depfm"]}, "deepfm"),
         ({"methods": ["twostage"]}, "two_stage"),
         ({"seeds": []}, "seed"),
+        ({"seeds": [1, 2, -1]}, "seeds of at least 0.*-1"),
+        ({"datasets": {"x": {"world": {}, "seeds": [3, 3]}}}, "seeds.*differ"),
         ({"overrides": {"dcn": {}}}, "mlp"),
         ({"config": {"modle": {}}}, "model"),
         ({"config": {"model": {"name": "dcn"}}}, "model.name.*'dcn'"),
@@ -208,7 +210,8 @@ def test_facts_of_a_study(study: Any, tmp_path: Path) -> None:
     arms = {"t4": {"method": "joint", "title": "temperature 4"}, "t8": {"method": "joint"}}
     select = {"best": {"of": ["base", "t8"], "title": "none or temperature 8"}}
     plan = study(title="Small", methods=["t4", "t8"], arms=arms, reference="t8", steps=["t4"], select=select)
-    write_facts(plan, tmp_path, "domlora study small.toml")
+    runs = {"world": {"seeds": [1], "arms": [["mlp", "base", "hash"]]}}
+    write_facts(plan, tmp_path, "domlora study small.toml", runs)
     assert read_facts(tmp_path) == {
         "title": "Small",
         "command": "domlora study small.toml",
@@ -216,6 +219,7 @@ def test_facts_of_a_study(study: Any, tmp_path: Path) -> None:
         "steps": ["t4"],
         "titles": {"t4": "temperature 4", "best": "none or temperature 8"},
         "select": {"best": {"of": ["base", "t8"]}},
+        "runs": runs,
     }
 
 

@@ -45,7 +45,7 @@ class Cell:
 
     The base's own difference has no pairs; without a truth ``gap_closed`` has none either. ``num_models`` is 1, or how
     many models a mean is over. ``p_holm`` is the p-value of the difference, corrected over the rows of its table (models,
-    or domains); NaN where there is no test, and for a mean over models, which is one test alone.
+    or domains); NaN where there is no test or one alone, as for a mean over models.
     """
 
     method: str
@@ -89,11 +89,17 @@ def cells_of(scores: Scores, models: Sequence[str], methods: Sequence[str], trut
 def corrected(rows: Sequence[Sequence[Cell]]) -> list[tuple[Cell, ...]]:
     """The same rows with ``p_holm``: each method's differences to the base are a family of tests, one a row."""
     columns = zip(*rows, strict=True) if rows else ()
-    adjusted = [holm([p_value(cell.difference) for cell in column]) for column in columns]
+    adjusted = [_corrected([p_value(cell.difference) for cell in column]) for column in columns]
     return [
         tuple(replace(cell, p_holm=adjusted[column][place]) for column, cell in enumerate(row))
         for place, row in enumerate(rows)
     ]
+
+
+def _corrected(p_values: Sequence[float]) -> Sequence[float]:
+    """One test alone is no family: there is nothing to correct, and nothing that could stay."""
+    several = sum(not math.isnan(p) for p in p_values) > 1
+    return holm(p_values) if several else [math.nan] * len(p_values)
 
 
 def compare(scores: Scores, models: Sequence[str], method: str, reference: str) -> Interval:

@@ -54,7 +54,18 @@ def findings(dataset: DatasetTable) -> tuple[Finding, ...]:
     """What every method that has pairs with the base does to WAUC; the one to lead with first."""
     cells = [cell for cell in dataset.overall.cells if cell.difference.num_pairs]
     cells.sort(key=lambda cell: _HEADLINES.index(cell.method) if cell.method in _HEADLINES else len(_HEADLINES))
-    return tuple(Finding(cell.method, _sentence(cell), cell.difference, verdict(cell.difference)) for cell in cells)
+    return tuple(
+        Finding(cell.method, _sentence(cell, _only_model(dataset, cell)), cell.difference, verdict(cell.difference))
+        for cell in cells
+    )
+
+
+def _only_model(dataset: DatasetTable, cell: Cell) -> str:
+    """The one of several models that has a method, if it is one."""
+    found = [
+        row.model for row in dataset.models for each in row.cells if each.method == cell.method and each.num_models
+    ]
+    return found[0] if len(found) == 1 < len(dataset.models) else ""
 
 
 def families(dataset: DatasetTable) -> tuple[Family, ...]:
@@ -106,9 +117,11 @@ def percent(share: float, digits: int = 0) -> str:
     return DASH if math.isnan(share) else f"{100 * share:.{digits}f} %".replace("-", MINUS)
 
 
-def _sentence(cell: Cell) -> str:
+def _sentence(cell: Cell, model: str = "") -> str:
     """``Adapters (two_stage) change WAUC by +0.12 points [-0.05, +0.29] over 5 seeds: no difference.``"""
     subject = _SPOKEN.get(cell.method, f"runs of {cell.method}")
+    if model:
+        subject += f" with {model}"
     if cell.num_models > 1:
         subject = f"averaged over {cell.num_models} models, {subject}"
     mean, _, interval = interval_text(cell.difference).partition(" ")

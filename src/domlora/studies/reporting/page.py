@@ -270,7 +270,7 @@ def _count_plots(tables: Tables) -> Iterator[_Plot]:
 def _domain_plots(
     dataset: DatasetTable, shown: Sequence[DomainRow], found: Sequence[Finding], methods: Sequence[str]
 ) -> Iterator[_Plot]:
-    over = f"mean over {len(dataset.models)} models" if dataset.mean else dataset.models[0].model
+    over = dataset.over
     found = [each for each in found if _has_pairs((row.name, _only(row.cells, each.method)) for row in shown)]
     if len(shown) < len(dataset.domains):
         for finding in found[:_MOST_FORESTS]:

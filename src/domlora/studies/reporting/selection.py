@@ -42,8 +42,9 @@ def is_selected(line: Line) -> bool:
 def selected(results: Iterable[Line], facts: Mapping[str, Any]) -> list[Line]:
     """The same lines, and behind them a line a seed for each arm of ``[select]``.
 
-    Candidates without a run on a dataset and model are left out there. Seeds are those that all others have; with fewer
-    than three, or with one candidate, there is no choice and no line. Of equal means the candidate named first wins.
+    Candidates that no model has on a dataset are left out there; a model that lacks one of the others gets no such arm,
+    so that one name means one choice. Seeds are those that all others have; with fewer than three, or with one candidate,
+    there is no choice and no line. Of equal means the candidate named first wins.
 
     Args:
         results: result lines; of two runs of the same dataset, model, method and seed the later counts.
@@ -65,8 +66,15 @@ def selected(results: Iterable[Line], facts: Mapping[str, Any]) -> list[Line]:
     for (dataset, model, method, seed), line in newest.items():
         if not math.isnan(value_of(line, "valid_wauc")):
             groups.setdefault((dataset, model), {}).setdefault(method, {})[seed] = line
-    arms = facts.get("select") or {}
-    found = [one for runs in groups.values() for arm, told in arms.items() for one in _select(runs, arm, told["of"])]
+    on: dict[str, set[str]] = {}
+    for (dataset, _), runs in groups.items():
+        on.setdefault(dataset, set()).update(runs)
+    found = [
+        one
+        for (dataset, _), runs in groups.items()
+        for arm, told in (facts.get("select") or {}).items()
+        for one in _select(runs, arm, [name for name in told["of"] if name in on[dataset]])
+    ]
     return [*lines, *found]
 
 
@@ -81,17 +89,18 @@ def candidates(runs: Iterable[Line]) -> tuple[Candidate, ...]:
 
 
 def _select(runs: Mapping[str, Mapping[int, Line]], arm: str, of: Sequence[str]) -> Iterator[Line]:
-    known = [name for name in of if name in runs]
-    seeds = sorted(set.intersection(*(set(runs[name]) for name in known))) if known else []
-    if len(known) < 2 or len(seeds) < _LEAST_SEEDS:
+    if len(of) < 2 or not all(name in runs for name in of):
+        return
+    seeds = sorted(set.intersection(*(set(runs[name]) for name in of)))
+    if len(seeds) < _LEAST_SEEDS:
         return
     for seed in seeds:
         others = [other for other in seeds if other != seed]
-        worth = {name: math.fsum(value_of(runs[name][other], "valid_wauc") for other in others) for name in known}
-        best = max(known, key=worth.__getitem__)
+        worth = {name: math.fsum(value_of(runs[name][other], "valid_wauc") for other in others) for name in of}
+        best = max(of, key=worth.__getitem__)
         line = runs[best][seed]
         # No time and no curve of its own: nothing was trained, and both stand in the line that it repeats.
-        own = {"method": arm, "kind": KIND, "selected": best, "candidates": known, "key": f"{line['key']}-{arm}"}
+        own = {"method": arm, "kind": KIND, "selected": best, "candidates": list(of), "key": f"{line['key']}-{arm}"}
         yield {**line, **own, "seconds": None, "best_epoch": None, "history": []}
 
 

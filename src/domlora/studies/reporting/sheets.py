@@ -107,6 +107,11 @@ def _how_to_read(tables: Tables) -> str:
         text += (
             " † stays after Holm's correction over the models of a dataset, for each method; the mean is a test alone."
         )
+    for dataset in tables.datasets:
+        if dataset.mean and dataset.fewer:
+            text += (
+                f" In {dataset.name} the mean, and its difference, is over the models of each method: {dataset.fewer}."
+            )
     single = [dataset.name for dataset in tables.datasets if len(dataset.seeds) == 1]
     return text + (f" {', '.join(single)}: one seed, no interval." if single else "")
 
@@ -208,8 +213,7 @@ def _domains(dataset: DatasetTable, most_columns: int) -> Iterator[Sheet]:
     if not dataset.domains:
         return
     shown, long = shown_domains(dataset.domains), len(dataset.methods) > most_columns
-    over = f"mean over {len(dataset.models)} models" if dataset.mean else dataset.models[0].model
-    note = f"AUC on the test split in points, {over}."
+    note = f"AUC on the test split in points, {dataset.over}."
     if len(dataset.domains) > 1:
         note += " † stays after Holm's correction over all domains, for each method."
     if len(shown) < len(dataset.domains):

@@ -15,8 +15,9 @@ from domlora.studies.reporting.tables import DatasetTable
 __all__ = ["STANDINGS", "Standing", "standings"]
 
 STANDINGS = (
-    "All models and arms, best first, beside the one with the best mean validation WAUC, which stands on top: the test "
-    "split chose nothing. Differences are paired by seed. † stays after Holm's correction over all lines of a dataset."
+    "All models and arms, best first, beside the one with the best mean validation WAUC of those that have every seed; it "
+    "stands on top, and the test split chose nothing. Differences are paired by seed. † stays after Holm's correction over "
+    "all lines of a dataset."
 )
 
 
@@ -53,10 +54,10 @@ def standings(dataset: DatasetTable) -> tuple[Standing, ...]:
     """
     runs = [line for line in dataset.runs if line["method"] != TRUTH and not is_selected(line)]
     scores, valid = (scores_of((line, value_of(line, name)) for line in runs) for name in ("wauc", "valid_wauc"))
-    whole = [key for key, own in scores.items() if len(own) == len(dataset.seeds)]
+    worth = {key: spread(valid.get(key, {}).values()) for key in scores}
+    whole = [key for key, own in scores.items() if len(own) == worth[key].num_values == len(dataset.seeds)]
     if len(dataset.models) < 2 or not whole:
         return ()
-    worth = {key: spread(valid.get(key, {}).values()) for key in scores}
     best = max(whole, key=lambda key: worth[key].mean)
     others = sorted(scores.keys() - {best})
     differences = [_difference(scores[key], scores[best]) for key in others]

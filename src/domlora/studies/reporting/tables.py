@@ -143,6 +143,24 @@ class DatasetTable:
         """The row that speaks for the dataset: the mean over models, or the only model."""
         return self.mean or self.models[0]
 
+    @property
+    def fewer(self) -> str:
+        """Which methods not all models have, and how many do: ``joint_t4 3, separate_mlp 1 of 15``; mostly nothing."""
+        number = len(self.models)
+        found = [f"{cell.method} {cell.num_models}" for cell in self.overall.cells if cell.num_models < number]
+        return f"{', '.join(found)} of {number}" if found else ""
+
+    @property
+    def over(self) -> str:
+        """What figures of the whole dataset are of: a model, or a mean over several."""
+        if self.mean is None:
+            return self.models[0].model
+        return (
+            f"mean over the models of each method ({self.fewer})"
+            if self.fewer
+            else f"mean over {len(self.models)} models"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Tables:
@@ -193,11 +211,8 @@ def tabulate(results: Iterable[Line]) -> Tables:
     Raises:
         DataError: no run of a model.
     """
-    newest: dict[tuple[str, str, str, int], Line] = {}
-    num_lines = 0
-    for line in results:
-        num_lines += 1
-        newest[line["dataset"], line["model"], line["method"], int(line["seed"])] = line
+    lines = list(results)
+    newest = {_run_of(line): line for line in lines}
     methods = ordered(run[2] for run in newest if run[2] != TRUTH)
     place = {method: number for number, method in enumerate((*methods, TRUTH))}
     runs = tuple(
@@ -205,14 +220,26 @@ def tabulate(results: Iterable[Line]) -> Tables:
     )
     names = list(dict.fromkeys(line["dataset"] for line in runs if line["method"] != TRUTH))
     if not names:
-        raise DataError("a report needs at least one run of a model", received=f"{num_lines} result lines")
+        raise DataError("a report needs at least one run of a model", received=f"{len(lines)} result lines")
     datasets = tuple(
         _dataset_table(name, [line for line in runs if line["dataset"] == name], methods) for name in names
     )
     cautions = [caution for dataset in datasets for caution in _cautions(dataset)]
-    if num_lines > len(runs):
-        cautions.insert(0, f"{num_lines - len(runs)} older runs of the same dataset, model, method and seed left out.")
+    older = sum(_made_of(line) != _made_of(newest[_run_of(line)]) for line in lines)
+    if older:
+        cautions.insert(
+            0, f"{older} older runs of the same dataset, model, method and seed, with other options or data, left out."
+        )
     return Tables(datasets, methods, runs, tuple(cautions))
+
+
+def _run_of(line: Line) -> tuple[str, str, str, int]:
+    return line["dataset"], line["model"], line["method"], int(line["seed"])
+
+
+def _made_of(line: Line) -> tuple[Any, Any]:
+    """Two lines of one run that share it tell of one training, under an old and a new key."""
+    return line.get("config_hash"), line.get("data_fingerprint")
 
 
 def ordered(methods: Iterable[str]) -> tuple[str, ...]:

@@ -110,6 +110,14 @@ def test_a_candidate_without_runs_is_left_out() -> None:
     assert [each.name for each in candidates(found)] == ["base", "joint"]
 
 
+def test_one_name_means_one_choice() -> None:
+    """A model that lacks a candidate that others have on the dataset chooses from something else, so it does not choose."""
+    facts = {"select": {"best": {"of": ["base", "joint", "third"]}}}
+    third = [each | {"method": "third", "key": f"third{each['key']}"} for each in lines() if each["method"] == "base"]
+    found = selected([*lines(), *third, *lines(model="dcn"), *lines(dataset="two")], facts)
+    assert {(each["dataset"], each["model"]) for each in found if is_selected(each)} == {("toy", "mlp"), ("two", "mlp")}
+
+
 def test_datasets_and_models_choose_for_themselves() -> None:
     other = [each | {"valid_wauc": 1 - each["valid_wauc"]} for each in lines(model="dcn")]
     found = selected([*lines(), *lines(dataset="two"), *other], FACTS)

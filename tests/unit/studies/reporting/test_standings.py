@@ -56,6 +56,12 @@ def test_what_lacks_a_seed_is_never_preferred() -> None:
     assert [each.difference.num_pairs for each in others] == [2, 3]
 
 
+def test_what_validation_did_not_judge_is_never_preferred() -> None:
+    unknown = [each | {"valid_wauc": None} for each in lines() if (each["model"], each["method"]) == ("mlp", "joint")]
+    first, *_ = of([*[each for each in lines() if each["method"] == "base"], *unknown])
+    assert (first.model, first.method) == ("star", "base")
+
+
 def test_one_model_needs_no_standings() -> None:
     assert of([each for each in lines() if each["model"] == "mlp"]) == ()
 
