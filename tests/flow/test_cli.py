@@ -72,6 +72,12 @@ def test_evaluate_prints_a_line_a_domain(walked: Path, capsys: pytest.CaptureFix
     assert [row["name"] for row in scores["domains"]] == ["F", "M"]
 
 
+def test_a_file_says_where_a_stage_trains(walked: Path) -> None:
+    words = ("pretrain", "--data", walked / "data", "--out", walked / "there", *QUICK)
+    with pytest.raises(ConfigError, match="device must be one"):
+        domlora(*words, "--set", "train.pretrain.fit.device=tpu9")
+
+
 def test_adapt_does_not_change_the_model(walked: Path) -> None:
     words = ("adapt", "--data", walked / "data", "--bundle", walked / "base", "--out", walked / "other")
     with pytest.raises(ConfigError, match=r"model.dropout=0.5; the bundle has"):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ __all__ = [
     "detach_",
     "freeze_",
     "merge_",
+    "movable",
     "options_of",
     "with_layer",
 ]
@@ -105,6 +107,8 @@ def attach_(
         raise ConfigError(
             "the model has adapters already", next_step="Call detach_(model) or merge_(model, domain) first"
         )
+    if find_route(model) is not None:
+        raise ConfigError("the model knows domains by experts already", received=type(model).__name__)
     options = AdapterOptions(temperature, rank, lora_alpha, bias, tuple(include), tuple(exclude))
     chosen = chosen_layers(model, include, exclude, rank)
     route = DomainRoute(num_domains)
@@ -124,7 +128,7 @@ def detach_(model: nn.Module) -> nn.Module:
     close_route(model)
     for name, layer in adapter_layers(model).items():
         model = with_layer(model, name, layer.base)
-    return model
+    return _let_learn(model)
 
 
 def merge_(model: nn.Module, domain: int) -> nn.Module:
@@ -152,7 +156,7 @@ def merge_(model: nn.Module, domain: int) -> nn.Module:
                 plain[id(layer)].bias.add_(bias)
     for name, layer in layers.items():
         model = with_layer(model, name, plain[id(layer)])
-    return model
+    return _let_learn(model)
 
 
 def freeze_(model: nn.Module, *, except_: Sequence[str] = ()) -> nn.Module:
@@ -165,9 +169,7 @@ def freeze_(model: nn.Module, *, except_: Sequence[str] = ()) -> nn.Module:
         ConfigError: a glob matches no parameter.
     """
     names = dict(model.named_parameters())
-    for glob in except_:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError("a glob must match a parameter", received=glob, next_step=nearest(glob, names))
+    _check_globs(names, except_)
     for name, parameter in names.items():
         kept = is_adapter_parameter(name) or any(fnmatchcase(name, glob) for glob in except_)
         parameter.requires_grad_(kept)
@@ -175,6 +177,24 @@ def freeze_(model: nn.Module, *, except_: Sequence[str] = ()) -> nn.Module:
         if "running_mean" in dict(module.named_buffers(recurse=False)):
             _hold_statistics(module, not any(p.requires_grad for p in module.parameters(recurse=False)))
     return model
+
+
+def movable(model: nn.Module, globs: Sequence[str]) -> list[str]:
+    """Globs for the parameters that match and learn now: what stands still already, such as given vectors, is none of them.
+
+    Raises:
+        ConfigError: a glob matches no parameter.
+    """
+    names = dict(model.named_parameters())
+    _check_globs(names, globs)
+    learning = (name for name, parameter in names.items() if parameter.requires_grad)
+    return [escape(name) for name in learning if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def _check_globs(names: Mapping[str, object], globs: Sequence[str]) -> None:
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ConfigError("a glob must match a parameter", received=glob, next_step=nearest(glob, names))
 
 
 def options_of(model: nn.Module) -> AdapterOptions | None:
@@ -254,6 +274,13 @@ def _hold_statistics(module: nn.Module, hold: bool) -> None:
             del module._forward_pre_hooks[key]
     if hold:
         module.register_forward_pre_hook(_evaluating)
+
+
+def _let_learn(model: nn.Module) -> nn.Module:
+    """Statistics that :func:`freeze_` holds are the model's own again; which parameters move stays as it is."""
+    for module in model.modules():
+        _hold_statistics(module, hold=False)
+    return model
 
 
 def _evaluating(module: nn.Module, _: object) -> None:

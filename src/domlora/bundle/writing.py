@@ -10,15 +10,17 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors.torch import save, save_file
 
-from domlora.adapters.bank import base_state
+from domlora.adapters.bank import adapter_layers, base_state
 from domlora.adapters.file import adapter_digests, base_fingerprint, write_adapter
 from domlora.bundle.delta import Delta, delta_of, write_delta
 from domlora.bundle.mapped import unshared
 from domlora.bundle.names import VERSIONS, adapter_folders, number_of
 from domlora.bundle.reading import OPTIMIZER, WHOLE, check_files, read_base
 from domlora.bundle.records import Record, digest_of, record_name
+from domlora.errors import BundleError
 from domlora.files import sha256_of
 from domlora.models.build import stored_options
 from domlora.models.growth import pieces_of
@@ -43,8 +45,9 @@ def write_version(bundle: Bundle, fresh: Path, number: int, parent: Parent | Non
 
     Raises:
         DataError: an adapter is not finite.
-        BundleError: the parent's base is damaged.
+        BundleError: the parent's base is damaged, or the model is one that would not come back.
     """
+    _check_model(bundle)
     encoder_fingerprint, fingerprint = bundle.encoder.fingerprint(), base_fingerprint(bundle.model)
     encoder = _encoder(bundle, fresh, number, parent, encoder_fingerprint)
     base = _base(bundle, fresh, number, parent, fingerprint)
@@ -75,6 +78,23 @@ def write_version(bundle: Bundle, fresh: Path, number: int, parent: Parent | Non
     (fresh / VERSIONS).mkdir()
     (fresh / record_name(number)).write_text(record.to_json(), encoding="utf-8")
     return record
+
+
+def _check_model(bundle: Bundle) -> None:
+    """Whether reading would build the same."""
+    others = {
+        str(t.dtype) for t in bundle.model.state_dict().values() if t.is_floating_point() and t.dtype != torch.float32
+    }
+    if others:
+        raise BundleError(
+            "a bundle holds float32 weights", received=sorted(others), next_step="Call model.float() before it is saved"
+        )
+    if bundle.adapter is None and adapter_layers(bundle.model):
+        raise BundleError(
+            "adapters of a bundle must be attached to the model as a whole",
+            received=sorted(adapter_layers(bundle.model)),
+            next_step="Call attach_(model, ...) with include=[...] for the part that shall have some",
+        )
 
 
 def _options(bundle: Bundle) -> dict[str, Any]:

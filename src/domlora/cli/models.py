@@ -147,7 +147,7 @@ def _train(
     told = partial(what_matters, options, method)
     with joined() as ranks, nullcontext() if ranks.rank else only_one(out):
         with silent() if ranks.rank else tracked(track, track_to, out.name, rows.schema.domains, told) as run:
-            recipe = placed(options.train, device)
+            recipe = placed(options.train, device) if device else options.train
             model, made, found = train(method, Job(rows, options.model, recipe, base, checkpoint_of(out), run.show))
             facts = facts_of(method, rows, model, found)
             if ranks.rank:

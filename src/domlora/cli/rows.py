@@ -45,10 +45,12 @@ def prepare(
     from domlora.config import load_plan
     from domlora.data.prepare import prepare as run
 
-    shortcuts = {"columns.domain": domain, "split.seed": seed}
+    # A column may be called by a number, which is no number here; several are a list, as in the file.
+    named = json.dumps(domain) if domain is not None and not domain.startswith("[") else domain
+    shortcuts = {"columns.domain": named, "split.seed": seed}
     extra = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     plan = load_plan(source, [*(settings or ()), *extra])
-    folder = raw if plan.source.name is not None else Path(source).parent
+    folder = raw if plan.source.name is not None else raw or Path(source).parent
     with bar() as shown:
         manifest = run(plan, out, folder=folder, engine=engine, grow=grow, overwrite=overwrite, progress=shown)
     print_rows(manifest)
@@ -63,7 +65,7 @@ def infer(
     """Draft the TOML file that `domlora prepare` reads, with comments on what was found; then edit it."""
     from domlora.data.infer import draft
 
-    text = draft(files)
+    text = draft(files, folder=Path() if out is None else out.parent)
     if out is None:
         print(text, end="")
         return

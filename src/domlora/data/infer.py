@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -26,14 +27,15 @@ _SHOWN_CHARACTERS = 30
 _DEFAULTS = {each.name: each.default for each in fields(FeaturePlan)}
 
 
-def draft(paths: Sequence[Path], *, sample_rows: int = 200_000) -> str:
+def draft(paths: Sequence[Path], *, sample_rows: int = 200_000, folder: Path = Path()) -> str:
     """A plan for a log, as TOML with comments.
 
     What columns are for is guessed from the names and values of a sample; beside each guess stands what it was made of.
 
     Args:
-        paths: files of one log, or globs, as they shall be written into the plan.
+        paths: files of one log, or globs.
         sample_rows: rows to look at, about; see :func:`domlora.data.drafts.sample.sample_of`.
+        folder: where the plan will lie, which is where it looks for relative paths.
 
     Raises:
         DataError: a file that cannot be used.
@@ -44,7 +46,7 @@ def draft(paths: Sequence[Path], *, sample_rows: int = 200_000) -> str:
     features, left_out = guess_features(columns, roles)
     parts = [
         _opening(sample),
-        _source(paths, sample, columns),
+        _source(paths, folder, sample, columns),
         _columns(columns, roles),
         *(_feature(columns[name], guess) for name, guess in features.items()),
         _left_out(columns, {**left_out, **sample.unusable}),
@@ -62,8 +64,8 @@ def _opening(sample: Sample) -> list[str]:
     return [*lines, f"# {_plain(sample.note)}"] if sample.note else lines
 
 
-def _source(paths: Sequence[Path], sample: Sample, columns: Mapping[str, Facts]) -> list[str]:
-    files = [_text(str(path)) for path in paths]
+def _source(paths: Sequence[Path], folder: Path, sample: Sample, columns: Mapping[str, Facts]) -> list[str]:
+    files = [_text(str(path) if path.is_absolute() else os.path.relpath(path, folder)) for path in paths]
     lines = ["[source]", f"files = [{', '.join(files)}]  # relative to the folder of this file"]
     if len(files) > 1:
         lines[1:] = ["files = [  # relative to the folder of this file", *(f"    {file}," for file in files), "]"]

@@ -41,7 +41,8 @@ class Source:
         names: the columns of a CSV without a header line.
         encoding: of a CSV, such as ``latin-1``.
         key: columns that tell rows apart: order and random split hang on their text alone, so that rows of one key stay
-            together. By default all columns that are read, which takes longer.
+            side by side, though the end of a split may part them (``split.kind = "user"`` parts nobody's). By default all
+            columns that are read, which takes longer.
         options: of a published set, such as the categories of Amazon.
     """
 

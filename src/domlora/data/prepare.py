@@ -22,7 +22,7 @@ from domlora.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
 from domlora.data.engine import Engine, open_engine
 from domlora.data.expressions import cells, coded, coded_together, in_order, joined, plain, size
 from domlora.data.plan import Plan
-from domlora.data.preparing.checks import check_columns, check_plan, needed
+from domlora.data.preparing.checks import check_columns, check_item_columns, check_plan, needed
 from domlora.data.preparing.columns import ColumnEncoder
 from domlora.data.preparing.filters import filtered
 from domlora.data.preparing.fitting import fit_encoder
@@ -194,13 +194,17 @@ class _Preparation:
         return key
 
     def usable(self, rows: Any) -> tuple[Any, int, dict[str, int]]:
-        """Rows that have what they need, with ``__label``, ``__domain``, ``__user_text`` and ``__item_text``."""
+        """Rows with what they need, ``__label``, ``__domain`` and, where they are read, ``__user_text``, ``__item_text``."""
         columns, plan = self.plan.columns, self.plan
         out = Quarantine(self.raw, plan.max_quarantine, self.out / "quarantine")
         rows = self._labelled(rows, out)
         rows = self._in_domains(rows, out)
-        for name, column in (("__user_text", columns.user), ("__item_text", columns.item)):
-            if column is not None:
+        pairs = plan.negatives is not None or plan.filters.k_core
+        for name, column, is_read in (
+            ("__user_text", columns.user, pairs or plan.split.kind == "user"),
+            ("__item_text", columns.item, pairs),
+        ):
+            if column is not None and is_read:  # every distinct value goes through Python
                 rows = _with_text(rows, column, name)
         if plan.split.kind == "user" or plan.negatives is not None:
             out.refuse(rows["__user_text"].fill_null("") == "", "user missing")
@@ -213,7 +217,8 @@ class _Preparation:
                 bad = ~rows[name].lower().re_search(NUMBER)
                 out.refuse(bad, f"column {name!r} must be a number")
         if columns.weight is not None:
-            weight = rows[columns.weight].cast("float64")
+            weight = rows[columns.weight]
+            weight = (weight.strip().nullif("").try_cast if weight.type().is_string() else weight.cast)("float64")
             out.refuse(~((weight > 0) & (weight < 1e38)).fill_null(False), "weight must be a number above 0")
         rows, rows_in = out.kept(self.engine, rows)
         return rows, rows_in, out.counts
@@ -290,6 +295,7 @@ class _Preparation:
         assert negatives is not None  # check_plan saw to it
         assert columns.item is not None
         clicks = rows.filter(rows["__label"] == 1)
+        check_item_columns(clicks, self.plan)
         drawn = sampled(self.engine, clicks, negatives, self.domains, columns.item_columns, item=columns.item)
         return rows.union(drawn.select(*rows.columns)), size(drawn)
 
@@ -347,7 +353,7 @@ def _with_order(rows: Any, time: str | None) -> Any:
         others = rows.filter(text.notnull() & ~text.lower().re_search(pattern))
         if not size(others):
             return rows.mutate(**{time: plain(text.cast(kind))})
-    return rows
+    return rows.mutate(**{time: text})  # a blank is no time
 
 
 def _with_text(rows: Any, column: str, name: str) -> Any:

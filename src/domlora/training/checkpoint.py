@@ -95,7 +95,7 @@ def check_same_run(folder: Path, began: Mapping[str, str], mine: Mapping[str, st
         ConfigError: what is not as it was when the run began.
     """
     for what, value in mine.items():
-        if began[what] != value:
+        if began.get(what, value) != value:  # what a checkpoint of an earlier version does not tell
             raise ConfigError(
                 f"a run goes on only with the {what} it began with",
                 received=value,
@@ -104,8 +104,14 @@ def check_same_run(folder: Path, began: Mapping[str, str], mine: Mapping[str, st
 
 
 def start_digest(model: nn.Module) -> str:
-    """A sha256 over the weights at the start, their names and which of them move."""
+    """A sha256 over the weights at the start, their names and which of them move, and what modules are set to.
+
+    Two models of the same weights differ where a module's dropout, scale or the like does.
+    """
     found = hashlib.sha256(str([name for name, p in model.named_parameters() if p.requires_grad]).encode())
+    for name, part in model.named_modules():
+        own = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+        found.update(f"{name} {sorted((key, own[key]) for key in own if key[0] != '_' and key != 'training')}".encode())
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -8,7 +8,7 @@ its own that are trained on the rows of the others, and each row is scored with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,12 @@ class _Crossed(nn.Module):
     def __init__(self, model: nn.Module, num_folds: int, tables: Mapping[int, dict[str, Tensor]]) -> None:
         super().__init__()
         self.model, self.num_folds, self.tables = model, num_folds, tables
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Crossed:
+        """Tables go where the model goes."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.tables = {fold: {name: fn(each) for name, each in its.items()} for fold, its in self.tables.items()}
+        return self
 
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
         rows = DomainRows()

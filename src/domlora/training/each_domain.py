@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from domlora.adapters.attach import attach_, freeze_
-from domlora.adapters.bank import adapter_parameters
+from domlora.adapters.bank import is_adapter_parameter
 from domlora.adapters.root import disabled
 from domlora.errors import ConfigError
 from domlora.evaluation.evaluate import Predictions
@@ -62,6 +62,7 @@ def adapt_each(
     moved = None if stepped is None else stepped(model)
     run = _EachDomain(model, data, stage.fit, stage.optimizer, on_progress, checkpoint, stepped=moved)
     run.min_gain = recipe.auto.min_gain
+    run.identity |= {"min_gain": repr(run.min_gain)} if run.identity else {}
     return run.go(start_is_candidate=True)
 
 
@@ -86,8 +87,9 @@ class _EachDomain(Run):
         if not self.best:
             return super().remember(model)
         rows = torch.from_numpy(np.flatnonzero(self.better))
-        for name, bank in adapter_parameters(model):
-            self.best[name][rows] = bank.detach()[rows]
+        for name, bank in model.named_parameters(remove_duplicate=False):  # a layer in two places has two names
+            if is_adapter_parameter(name):
+                self.best[name][rows] = bank.detach()[rows].to(self.best[name].device)
         return None
 
     def look_back(self, model: nn.Module) -> None:
@@ -110,5 +112,6 @@ class _EachDomain(Run):
         )
         base = self.base.probability[known]
         gain = auc_differences(label, said.probability[known], base, domain, num_domains)
-        found: Bools = (now > before) & (gain.value > self.min_gain * gain.standard_error)
+        chance = self.min_gain * gain.standard_error if self.min_gain else 0.0  # nobody knows it for one click
+        found: Bools = (now > before) & (gain.value > chance)
         return found

@@ -180,6 +180,7 @@ class Run:
     def identify(self, rules: OptimizerOptions) -> dict[str, str]:
         """What a run must have in common with the one it goes on; reads every weight."""
         return {
+            "kind": type(self).__name__,
             "options": repr(self.options),
             "optimizer": repr(rules),
             "data": self.data.fingerprint(),

@@ -45,7 +45,7 @@ class NewWords:
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in values.items():
-                parameters[name][self.rows[name]] = value
+                parameters[name][self.rows[name]] = value.to(parameters[name].device)
 
     def release_(self, model: nn.Module) -> list[nn.Module]:
         """Let these rows of a frozen model learn, and no other; gives the tables.

@@ -337,7 +337,7 @@ def _rules(options: Onboarding) -> OptimizerOptions:
 def is_better(one: Predictions, two: Predictions, min_gain: float) -> bool:
     """Whether the first has a higher AUC, or a smaller log loss and no lower AUC, by more than chance."""
     gains = auc_differences(one.label, one.probability, two.probability, np.zeros(len(one.label), dtype=np.int64), 1)
-    gain, chance = float(gains.value[0]), min_gain * float(gains.standard_error[0])
+    gain, chance = float(gains.value[0]), min_gain * float(gains.standard_error[0]) if min_gain else 0.0
     if gain > chance:
         return True
     if gain < -chance:

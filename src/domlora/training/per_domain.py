@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from domlora.adapters.attach import freeze_
+from domlora.adapters.attach import freeze_, movable
 from domlora.adapters.root import find_route
 from domlora.errors import ConfigError, DataError
 from domlora.models.build import build_model
@@ -80,7 +80,7 @@ def finetune(
     start = scores_of(model, data)
     if stage.moving:
         for each in model.copies:
-            freeze_(each, except_=stage.moving)
+            freeze_(each, except_=movable(each, stage.moving))
     parts = _fit_copies(model, data, stage, start_is_candidate=True, checkpoint=checkpoint, on_progress=on_progress)
     found = summed(parts, data.num_rows("train"))
     found.history.append({"epoch": 0.0, "loss": math.nan, **start})

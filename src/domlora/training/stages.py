@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from domlora.adapters.attach import AdapterOptions, attach_, freeze_
+from domlora.adapters.attach import AdapterOptions, attach_, freeze_, movable
 from domlora.errors import ConfigError, nearest
 from domlora.evaluation.gate import Limits
 from domlora.models.build import build_model
@@ -307,7 +307,7 @@ def adapt(
     stage = recipe.adapt
     torch.manual_seed(stage.fit.seed)
     attach_(model, data.schema.num_domains, **asdict(adapter_options_of(method, recipe)))
-    freeze_(model, except_=stage.moving)
+    freeze_(model, except_=movable(model, stage.moving))
     return fit(
         model,
         data,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import freeze_
+from domlora.adapters.attach import freeze_, movable
 from domlora.adapters.bank import adapter_parameters
 from domlora.bundle import Bundle
 from domlora.errors import DataError
@@ -82,14 +82,16 @@ def update(
     torch.manual_seed(rules.fit.seed)
     model = grown(bundle.model, options, bundle.encoder.schema, data.encoder.schema)
     moves = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    freeze_(model, except_=[*map(escape, _tables(model)), *rules.moving])
+    freeze_(model, except_=[*map(escape, _tables(model)), *movable(model, rules.moving)])
     rows: Rows = data
     if replay is not None and rules.replay_share:
         rows = WithReplay(data, replay, rules.replay_share, rules.fit.batch_size)
     run = _Day(model, rows, rules, on_progress, checkpoint)
     before = moved(bundle.optimizer, pieces_of(bundle.model, model), model)
     if rules.optimizer_state == "carry":
-        run.optimizer.load_named_state(model, before)
+        run.optimizer.load_named_state(
+            model, {name: value.clone() for name, value in before.items()}
+        )  # steps are in place
     found = run.go(start_is_candidate=True)
     state = run.optimizer.named_state(model) if found.best_epoch else before
     for name, parameter in model.named_parameters():

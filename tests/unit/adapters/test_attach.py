@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domlora.adapters.attach import AdapterOptions, attach_, detach_, freeze_, merge_, options_of
+from domlora.adapters.attach import AdapterOptions, attach_, detach_, freeze_, merge_, movable, options_of
 from domlora.adapters.bank import adapter_layers, adapter_parameters, base_state, is_adapter_parameter
 from domlora.adapters.lowrank import LowRankLinear
 from domlora.adapters.root import disabled, routed
@@ -534,6 +534,20 @@ def test_freeze_survives_a_deep_copy(x: Tensor) -> None:
 def test_freezing_twice_is_freezing_once(x: Tensor) -> None:
     model = freeze_(freeze_(attach_(net(), 3), except_=["norm.*"]))
     assert all(is_adapter_parameter(name) for name in moved(model, x))
+
+
+@pytest.mark.parametrize("end", [detach_, lambda model: merge_(model, 1)], ids=["detached", "merged"])
+def test_statistics_of_a_plain_model_are_its_own_again(x: Tensor, end: Any) -> None:
+    model = end(freeze_(attach_(net(), 3))).requires_grad_(True)
+    assert "norm.running_mean" in moved(model, x)
+
+
+def test_globs_of_what_moves_leave_out_what_stands_still() -> None:
+    model = net()
+    model.get_parameter("norm.weight").requires_grad_(False)
+    assert movable(model, ["norm.*"]) == ["norm.bias"]
+    with pytest.raises(ConfigError, match="match a parameter"):
+        movable(model, ["nrm.*"])
 
 
 def test_statistics_that_were_frozen_can_move_again(x: Tensor) -> None:

@@ -214,6 +214,8 @@ def test_a_model_gets_experts_or_adapters_once() -> None:
         attach_mixture_(attach_(Net(), DOMAINS), DOMAINS, num_experts=2)
     with pytest.raises(ConfigError, match="already"):
         attach_mixture_(net(), DOMAINS, num_experts=2)
+    with pytest.raises(ConfigError, match="by experts already"):
+        attach_(net(), DOMAINS)
     with pytest.raises(ConfigError, match="no experts"):
         gate_of(Net())
 

@@ -259,6 +259,18 @@ def test_a_blank_domain_name_never_gets_this_far() -> None:
         encoder(("app", ""))
 
 
+def test_a_model_that_would_not_come_back_is_refused(tmp_path: Path) -> None:
+    half = bundle()
+    half.model.double()
+    with pytest.raises(BundleError, match=r"float32 weights.*float64"):
+        half.save(tmp_path / "half")
+    part = bundle()
+    attach_(part.model.tower, 2, domain=None)
+    with pytest.raises(BundleError, match="attached to the model as a whole"):
+        part.save(tmp_path / "part")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_folder_is_replaced_only_on_request(saved: Path) -> None:
     before = (saved / "base@1/model.safetensors").read_bytes()
     with pytest.raises(DataError, match="must not exist"):

@@ -33,6 +33,14 @@ def drafted(folder: Path, **columns: Any) -> Plan:
     return plan_of(draft([folder / "log.parquet"]))
 
 
+def test_paths_are_relative_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs").mkdir()
+    pq.write_table(pa.table({"click": [0, 1] * 20, "item": list(range(40))}), tmp_path / "logs" / "a.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert plan_of(draft([Path("logs/*.parquet")], folder=Path("plans"))).source.files == ("../logs/*.parquet",)
+    assert plan_of(draft([Path("logs/a.parquet")])).source.files == ("logs/a.parquet",)
+
+
 @pytest.fixture
 def draw() -> random.Random:
     return random.Random(5)

@@ -313,6 +313,13 @@ def test_words_of_growing_data_keep_their_ids(tmp_path: Path) -> None:
     assert new.schema.numeric == old.schema.numeric
 
 
+@pytest.mark.parametrize("change", [{"transform": "log1p"}, {"kind": "bucketed"}])
+def test_a_growing_number_keeps_its_scale_or_is_refused(tmp_path: Path, change: Table) -> None:
+    run(tmp_path / "a", log(300), {"features": {"age": {"kind": "numeric"}}})
+    with pytest.raises(SchemaError, match="'age' of a grown folder must keep its kind and transform"):
+        run(tmp_path / "b", log(300), {"features": {"age": {"kind": "numeric", **change}}}, grow=tmp_path / "a" / "out")
+
+
 # every row accounted for
 
 
@@ -320,6 +327,34 @@ def accounted(manifest: dict[str, Any]) -> bool:
     rows = manifest["rows"]
     out = rows["kept"] + sum(rows["dropped"].values()) + sum(rows["quarantined"].values())
     return rows["in"] + rows["sampled"] == out and rows["kept"] == sum(s["rows"] for s in manifest["splits"].values())
+
+
+def test_a_blank_weight_or_time_is_quarantined(tmp_path: Path) -> None:
+    """As text files have them: every cell is text, and a blank is nothing."""
+    columns = log(200)
+    columns["w"] = ["", "abc", *["1.5"] * 198]
+    columns["when"] = ["2024-01-01", "2024-01-02", " ", "", *[f"2024-02-{1 + n % 28:02d}" for n in range(196)]]
+    changes = {"columns": {"weight": "w", "time": "when"}, "split": {"kind": "time"}, "max_quarantine": 0.1}
+    manifest = run(tmp_path, columns, changes)
+    assert accounted(manifest)
+    assert manifest["rows"]["quarantined"] == {
+        "time missing": 2,
+        "column 'w' must be a number": 1,
+        "weight must be a number above 0": 1,
+    }
+
+
+def test_what_an_item_tells_goes_with_the_item_that_is_drawn(tmp_path: Path) -> None:
+    columns = log(400)
+    columns["click"] = np.ones(400, dtype=np.int8)
+    columns["kind"] = pa.array([f"kind {int(str(x).split()[1]) % 3}" for x in columns["x"]])
+    changes: Table = {"columns": {"user": "user", "item": "x", "label": ""}, "features": {"kind": {}}, "negatives": {}}
+    with pytest.raises(ConfigError, match=r"one value for each item.*'kind'.*item_columns: \[\"kind\"\]"):
+        run(tmp_path, columns, changes)
+    changes["columns"]["item_columns"] = ["kind"]
+    assert run(tmp_path, columns, changes)["rows"]["sampled"] > 0
+    pairs = {(row["x"], row["kind"]) for row in written_rows(tmp_path / "out", "train")}
+    assert pairs == {(item, f"kind {int(item.split()[1]) % 3}") for item, _ in pairs}
 
 
 def test_rows_that_cannot_be_used_are_kept_apart(tmp_path: Path) -> None:

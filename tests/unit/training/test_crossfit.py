@@ -94,6 +94,13 @@ def test_a_fold_s_tables_never_saw_its_labels(clicks: Dataset, base: nn.Module, 
     assert [same(before[k], after[k]) for k in range(FOLDS)] == [False, True, False]
 
 
+def test_tables_of_the_folds_go_where_the_model_goes(clicks: Dataset, base: nn.Module, crossed: list[Any]) -> None:
+    crossfit(base, clicks, MODEL, recipe())
+    (stepped,) = crossed
+    stepped.to("meta")
+    assert {tensor.device.type for its in stepped.tables.values() for tensor in its.values()} == {"meta"}
+
+
 def test_a_row_is_scored_with_the_tables_of_its_fold(clicks: Dataset, base: nn.Module, crossed: list[Any]) -> None:
     crossfit(base, clicks, MODEL, recipe())
     batch, (stepped,) = clicks.read("train").take(slice(0, 64)), crossed

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from domlora.adapters.bank import adapter_parameters, rows_of
 from domlora.adapters.root import disabled
@@ -15,7 +17,7 @@ from domlora.data.dataset import Dataset
 from domlora.data.synthetic import World
 from domlora.errors import ConfigError
 from domlora.evaluation.evaluate import predict
-from domlora.evaluation.metrics import auc_by_group
+from domlora.evaluation.metrics import auc_by_group, wauc
 from domlora.evaluation.paired import auc_differences
 from domlora.training.each_domain import adapt_each
 from domlora.training.stages import Auto, Recipe, adapt, pretrain
@@ -49,6 +51,42 @@ def aucs(model: nn.Module, data: Dataset) -> np.ndarray[Any, Any]:
 def is_zero(model: nn.Module, domain: int) -> bool:
     """Whether a domain's row changes nothing."""
     return not any(tensor.any() for name, tensor in rows_of(model, domain).items() if not name.endswith("lora_A"))
+
+
+def test_a_run_goes_on_as_what_it_began(worlds: Dataset, base: nn.Module, tmp_path: Path) -> None:
+    """Another method, another bar, another dropout or scale: none may take over what a killed run left."""
+    begun = deepcopy(base)
+    adapt_each(deepcopy(base), worlds, recipe(), checkpoint=tmp_path / "run")
+    with pytest.raises(ConfigError, match="the kind it began with"):
+        adapt(deepcopy(begun), worlds, recipe(), checkpoint=tmp_path / "run")
+    with pytest.raises(ConfigError, match="the min_gain it began with"):
+        adapt_each(deepcopy(begun), worlds, recipe(2.0), checkpoint=tmp_path / "run")
+    scaled = replace(recipe(), adapter=replace(recipe().adapter, lora_alpha=32.0))
+    with pytest.raises(ConfigError, match="the start it began with"):
+        adapt_each(deepcopy(begun), worlds, scaled, checkpoint=tmp_path / "run")
+
+
+class Twice(nn.Module):
+    """A layer that stands in two places, under two names."""
+
+    def __init__(self, num_dense: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(num_dense, num_dense)
+        self.second = self.first
+        self.head = nn.Linear(num_dense, 1)
+
+    def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:  # noqa: ARG002 - how models are called
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(dense))))).squeeze(1)
+
+
+def test_a_layer_in_two_places_keeps_what_it_learned(worlds: Dataset) -> None:
+    torch.manual_seed(0)
+    model = Twice(len(worlds.schema.numeric))
+    options = replace(recipe(0.0), adapter=replace(recipe().adapter, include=("*",)))
+    found = adapt_each(model, worlds, options)
+    said = predict(model, worlds.batches("valid", 500))
+    assert found.best_epoch > 0
+    assert wauc(said.label, said.probability, said.domain) == pytest.approx(found.best_value, abs=1e-6)
 
 
 @pytest.mark.parametrize("min_gain", [0.0, 1.0, 3.0])

@@ -142,6 +142,18 @@ def test_a_day_that_misleads_changes_nothing(live: Bundle) -> None:
     assert all(torch.equal(tensor, base_state(updated.model)[name]) for name, tensor in base_state(live.model).items())
 
 
+def test_a_day_that_misleads_leaves_the_carried_moments_alone(live: Bundle, second: Dataset) -> None:
+    recipe = replace(RECIPE, update=replace(RECIPE.update, optimizer_state="carry"))
+    once, _ = update(live, second, recipe)
+    kept = {name: tensor.clone() for name, tensor in once.optimizer.items()}
+    train = second.read("train")
+    splits = {"train": train._replace(label=1 - train.label), "valid": second.read("valid")}
+    after, found = update(once, Dataset.from_batches(second.schema, splits, once.encoder), recipe)
+    assert found.best_epoch == 0
+    assert all(torch.equal(tensor, after.optimizer[name]) for name, tensor in kept.items())
+    assert all(torch.equal(tensor, once.optimizer[name]) for name, tensor in kept.items())
+
+
 @pytest.mark.parametrize("policy", ["fresh", "carry"])
 def test_moments_are_carried_by_choice(live: Bundle, second: Dataset, policy: Any) -> None:
     recipe = replace(RECIPE, update=replace(RECIPE.update, optimizer_state=policy))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from domlora.data.expressions import size
 from domlora.data.plan import Plan
 from domlora.errors import ConfigError, SchemaError, nearest
 
-__all__ = ["check_columns", "check_plan", "needed"]
+__all__ = ["check_columns", "check_item_columns", "check_plan", "needed"]
 
 
 def needed(plan: Plan) -> list[str]:
@@ -97,3 +99,29 @@ def check_columns(plan: Plan, name: str, types: Any) -> None:
         kind = types[plain_name] if plain_name else None
         if kind is not None and not (kind.is_string() or kind.is_numeric() or kind.is_boolean()):
             raise SchemaError(f"column {plain_name!r} must hold text, numbers or booleans", received=str(kind))
+
+
+def check_item_columns(clicks: Any, plan: Plan) -> None:
+    """Whether all that an item tells goes with the item that is drawn for a non-click.
+
+    A sampled non-click keeps its click's columns but for the item's, so that the category of the clicked item beside
+    another item would tell the label.
+
+    Args:
+        clicks: an Ibis table of the rows that non-clicks are drawn for.
+        plan: names the item and what goes with it.
+
+    Raises:
+        ConfigError: a feature has one value for each item and is none of ``columns.item_columns``.
+    """
+    columns = plan.columns
+    read = {source for name, spec in plan.features.items() for source in spec.sources(name)}
+    for name in sorted(read - {columns.item, columns.user, *columns.item_columns, *columns.domains}):
+        items, values = (size(clicks.select(each).distinct()) for each in (columns.item, name))
+        one_each = size(clicks.select(columns.item, name).distinct()) == items
+        if one_each and values > 1 and 2 * items < size(clicks):
+            raise ConfigError(
+                "a column that has one value for each item must go with the item that is drawn, or it tells the label",
+                received=name,
+                next_step=f"Add it to columns.item_columns: {json.dumps([*columns.item_columns, name])}",
+            )

@@ -14,6 +14,7 @@ from domlora.data.engine import HASH_BITS, Engine
 from domlora.data.expressions import cells
 from domlora.data.plan import FeaturePlan, Plan
 from domlora.data.preparing.columns import floats_of
+from domlora.errors import SchemaError
 from domlora.features.encode import Encoder, fit_vocabulary
 from domlora.features.numeric import fit_boundaries, fit_numbers
 from domlora.features.schema import FIRST_ID, Feature, Schema
@@ -87,6 +88,12 @@ def _feature(name: str, spec: FeaturePlan, num_ids: int, hash_buckets: int | Non
 
 
 def _number_feature(name: str, spec: FeaturePlan, numbers: NDArray[np.float64], old: Feature | None) -> Feature:
+    if old is not None and (old.kind != spec.kind or (spec.kind == "numeric" and old.transform != spec.transform)):
+        raise SchemaError(
+            f"feature {name!r} of a grown folder must keep its kind and transform",
+            received=f"{spec.kind}, {spec.transform}; it was {old.kind}, {old.transform}",
+            next_step="Give the changed feature another name, or prepare without --grow",
+        )
     if spec.kind == "bucketed":
         boundaries = fit_boundaries(numbers, spec.buckets) if old is None else old.boundaries
         return Feature(name, "bucketed", spec.columns, num_ids=FIRST_ID + len(boundaries) + 1, boundaries=boundaries)
