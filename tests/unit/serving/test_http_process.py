@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from domlora.errors import ConfigError
+from domlora.serving.http.supervisor import serve
 from domlora.serving.settings import Settings
 
 HERE, SOURCE = Path(__file__).parent, Path(__file__).parents[3] / "src"
@@ -79,6 +81,18 @@ def started(folder: Path, factory: str = "small_app:make", **settings: Any) -> I
             process.wait(15)
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("uvloop", "serve"), ("opentelemetry.exporter.otlp.proto.http", "opentelemetry")]
+)
+def test_libraries_that_workers_need_are_looked_for_before_there_are_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(ConfigError, match=rf"No module named '{name}'.*pip install 'domlora\[{extra}\]'"):
+        serve(Settings(tmp_path, port=0, otlp_endpoint="http://127.0.0.1:1/v1/traces"))
 
 
 @pytest.fixture(scope="module")

@@ -207,9 +207,11 @@ BAD = {
     "a number that no float64 holds": json.dumps(row(age=1)).encode().replace(b'"age": 1', b'"age": 1e999'),
     "not a number": json.dumps(row(age=float("nan"))).encode(),
     "a domain that is a list": {**ASKED, "domain": ["web"]},
+    "a row's long domain": {"rows": [{**each, "domain": "d" * 201} for each in whole()]},
     "a row's domain that is a list": row(domain=["web"]),
     "a unit that is a list": {**ASKED, "unit": ["u"]},
     "a long unit": {**ASKED, "unit": "u" * 1_000},
+    "a long domain": {**ASKED, "domain": "d" * 201},
     "too few items": {**ASKED, "items": ["i1"]},
     "a feature twice": json.dumps(ASKED).encode().replace(b'"city": "c1"', b'"city": "c1", "city": "c2"'),
     "a feature twice in a candidate": json.dumps(ASKED)

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from domlora.errors import DataError, DomloraError
 
-__all__ = ["Analyses", "main"]
+__all__ = ["Analyses", "end", "main"]
 
 _FRESH_S = 15.0
 _IDLE = 10  # times as long as it took
 _LONGEST_S = 600.0
 _NICE = 10
+_BEING_MADE = "It is being analysed. Look again in a moment."
+_COMMAND = (sys.executable, "-m", __name__)
 
 
 class _Known(NamedTuple):
@@ -28,15 +31,20 @@ class _Known(NamedTuple):
     reason: str
 
 
+_ALL: weakref.WeakSet[Analyses] = weakref.WeakSet()
+
+
 class Analyses:
     """The last analysis of each experiment; made anew when somebody asks and the last one is not fresh any more."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._known: dict[tuple[Path, str], _Known] = {}
+        self._process: subprocess.Popen[str] | None = None
+        _ALL.add(self)
 
     def of(self, store: Path, name: str) -> tuple[Mapping[str, Any] | None, str]:
-        """An analysis, or why there is none. Where another thread is at one, the last one, or it waits for the first.
+        """An analysis, or why there is none. Where another thread is at one, of any experiment, the last one at once.
 
         Args:
             store: the folder.
@@ -47,38 +55,51 @@ class Analyses:
             known = self._made(store, name, known)
         return known.analysis, known.reason
 
+    def end(self) -> None:
+        """End the process of the one that is being made, if any: who waits for it is told that it failed."""
+        process = self._process
+        if process is not None:
+            process.terminate()
+
     def _made(self, store: Path, name: str, last: _Known | None) -> _Known:
-        if not self._turn.acquire(blocking=last is None):
-            assert last is not None
-            return last
+        if not self._turn.acquire(blocking=False):
+            return _Known(0.0, None, _BEING_MADE) if last is None else last
         try:
             now = self._known.get((store, name))
-            start = time.monotonic()
-            if now is not last and now is not None:  # while this thread waited
+            if now is not None and now is not last:  # another thread has just made it
                 return now
-            found, reason = _run(store, name)
+            start = time.monotonic()
+            found, reason = self._run(store, name)
             ended = time.monotonic()
             fresh = _Known(ended + max(_FRESH_S, _IDLE * (ended - start)), found, reason)
             self._known[store, name] = fresh
             return fresh
         finally:
+            self._process = None
             self._turn.release()
 
+    def _run(self, store: Path, name: str) -> tuple[Mapping[str, Any] | None, str]:
+        command = [*_COMMAND, str(store), name]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
+            self._process = process
+            try:
+                out, said = process.communicate(timeout=_LONGEST_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return None, "The analysis takes too long for this page. Run it with: domlora ab analyze"
+        if process.returncode == 2:
+            return None, said.strip()
+        if process.returncode:
+            return None, "The analysis failed. Run it with: domlora ab analyze"
+        found: Mapping[str, Any] = json.loads(out)
+        return found, ""
 
-def _run(store: Path, name: str) -> tuple[Mapping[str, Any] | None, str]:
-    command = [sys.executable, "-m", __name__, str(store), name]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LONGEST_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return None, "The analysis takes too long for this page. Run it with: domlora ab analyze"
-    if done.returncode == 2:
-        return None, done.stderr.strip()
-    if done.returncode:
-        return None, "The analysis failed. Run it with: domlora ab analyze"
-    found: Mapping[str, Any] = json.loads(done.stdout)
-    return found, ""
+
+def end() -> None:
+    """End what this process is analysing, before it ends itself."""
+    for each in list(_ALL):
+        each.end()
 
 
 def main(store: str, name: str) -> int:

@@ -31,7 +31,7 @@ from domlora.serving.http.service import Service
 from domlora.serving.live import Source
 from domlora.serving.state import State
 
-__all__ = ["handle", "handles", "refused"]
+__all__ = ["handle", "handles", "refused", "takes_adapter"]
 
 _LOG = logging.getLogger("domlora.serving")
 _ADAPTERS, _BUNDLE, _INDEX, _MODELS = "/v1/adapters", "/v1/bundle", "/v2/repository/index", "/v2/repository/models/"
@@ -59,6 +59,11 @@ def handles(path: str) -> bool:
     (True, False)
     """
     return path in (_ADAPTERS, _BUNDLE, _INDEX) or path.startswith((f"{_ADAPTERS}/", _MODELS))
+
+
+def takes_adapter(request: Request) -> bool:
+    """Whether its body is an adapter, which may be larger than other bodies."""
+    return request.method == "PUT" and request.path.startswith(f"{_ADAPTERS}/")
 
 
 def handle(service: Service, request: Request) -> Answer:

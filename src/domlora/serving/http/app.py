@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from time import perf_counter
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
+from domlora.errors import DataError
+from domlora.serving.console import analysis
 from domlora.serving.console import handlers as console
 from domlora.serving.http import admin, v2
 from domlora.serving.http.answers import Answer, Handler, NotFoundError, Request, json_answer, reason_of, refusal
@@ -23,6 +27,7 @@ __all__ = ["Application", "make_app"]
 
 _LOG = logging.getLogger("domlora.serving")
 _FAILED = 500
+_CONSOLE, _CONSOLE_THREADS = "console", 4
 _NO_QUERY: Mapping[str, str] = {}
 
 
@@ -67,6 +72,7 @@ class Application:
         self._below = {path: route for path, route in self._routes.items() if path.endswith("/")}
         self._infer = _Route("infer", v2.model, ("POST",))
         self._admin = _Route("admin", admin.handle, None, slow=True)
+        self._console = ThreadPoolExecutor(_CONSOLE_THREADS, _CONSOLE)  # metrics and adapters do not wait for pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,6 +107,12 @@ class Application:
         self._service.answered(route.name, answer, perf_counter() - request.arrived)
         return answer
 
+    def close(self) -> None:
+        """End what the console has begun, and write what is not written yet."""
+        self._console.shutdown(wait=False, cancel_futures=True)
+        analysis.end()
+        self._service.close()
+
     def _refused(self, route: _Route, error: Exception) -> Answer:
         answer = refusal(error)
         if answer.status == _FAILED:
@@ -114,12 +126,25 @@ class Application:
             allowed = ", ".join(route.methods)
             told = {"error": f"this route takes {allowed}. Received: {method!r}.", "next_step": ""}
             return json_answer(told, 405, ((b"allow", allowed.encode()),))
-        body = await read_body(scope, receive, self._service.settings)
         query = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)) if raw else _NO_QUERY
-        request = Request(method, scope["path"], query, dict(scope["headers"]), body, arrived)
+        request = Request(method, scope["path"], query, dict(scope["headers"]), b"", arrived)
+        settings = self._service.settings
+        no = admin.refused(self._service, request) if route is self._admin else None
+        if no is not None:  # who may not push needs no room for an adapter
+            with suppress(DataError):  # what is not read to its end costs the connection
+                await read_body(scope, receive, settings)
+            return no
+        cap = settings.max_adapter_bytes if admin.takes_adapter(request) else settings.max_body_bytes
+        body = await read_body(scope, receive, settings, cap)
         if route.slow:
-            return await asyncio.to_thread(route.handler, self._service, request)
-        return route.handler(self._service, request)
+            pool = self._console if route.name == _CONSOLE else None
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(pool, self._handled, route, request, body, cap)
+        return self._handled(route, request, body, cap)
+
+    def _handled(self, route: _Route, request: Request, body: bytes, cap: int) -> Answer:
+        plain = inflate(body, request.headers.get(b"content-encoding", b""), cap)
+        return route.handler(self._service, request._replace(body=plain))
 
     def _found(self, path: str) -> _Route:
         """The route of a path that is not whole in the dictionary."""
@@ -145,7 +170,7 @@ def _routes(service: Service) -> dict[str, _Route]:
     }
     if service.settings.console:
         pages = console.routes().items()
-        found.update({path: _Route("console", handler, slow=True) for path, handler in pages})
+        found.update({path: _Route(_CONSOLE, handler, slow=True) for path, handler in pages})
     return found
 
 

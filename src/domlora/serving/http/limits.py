@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -17,6 +18,7 @@ __all__ = ["Admission", "BusyError", "TooLargeError", "TooSlowError", "inflate",
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+_LOG = logging.getLogger("domlora.serving")
 _SLICE_S = 0.001  # of computing between two looks at the sockets: what a refusal waits for
 _LONG_SLICE_S = 0.02  # where refusals take so much of a pass that they must wait, or nothing would be computed
 _LATE = 1.5  # times max_wait_s: an accepted request that waited so long after all is refused
@@ -115,11 +117,12 @@ class Admission:
         self._started, most = 0, max(1, int(slice_s * self._count / self._compute_s))
         while self._queue and self._started < most and (not self._started or now < self._turned + slice_s):
             arrived, start, refuse = self._queue.popleft()
-            if now - arrived > _LATE * self._max_wait_s:
-                refuse()
-            else:
-                start()
-                self._started += 1
+            late = now - arrived > _LATE * self._max_wait_s
+            self._started += not late
+            try:
+                (refuse if late else start)()
+            except Exception:  # of one connection: the turns of all others go on
+                _LOG.exception("not answered")
             now = perf_counter()
         self._own_s = now - self._turned
         self.going = self._started > 0
@@ -140,30 +143,27 @@ class Admission:
         self._start(min(max(_SLICE_S, (pass_s - compute_s) / 2), _LONG_SLICE_S))
 
 
-async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
-    """The whole body, decompressed; no more of it is held than is allowed.
+async def read_body(scope: Scope, receive: Receive, settings: Settings, cap: int | None = None) -> bytes:
+    """The whole body as it came, which :func:`inflate` decompresses; no more of it is held than is allowed.
 
     Args:
         scope, receive: of ASGI.
-        settings: ``max_body_bytes``, or ``max_adapter_bytes`` for an upload, and ``body_timeout_s``.
+        settings: ``max_body_bytes`` and ``body_timeout_s``.
+        cap: the most bytes, in place of ``max_body_bytes``.
 
     Raises:
-        TooLargeError: more bytes than allowed, told or sent or decompressed.
+        TooLargeError: more bytes than allowed, told or sent.
         TooSlowError: the body does not come.
-        DataError: the client has gone, or the body is not what its Content-Encoding says.
+        DataError: the client has gone.
     """
-    cap = settings.max_adapter_bytes if scope["method"] == "PUT" else settings.max_body_bytes
-    encoding = b""
+    cap = settings.max_body_bytes if cap is None else cap
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > cap:
             raise _too_large(cap)
-        if name == b"content-encoding":
-            encoding = value
     if scope.get("complete"):  # our protocol has all of it, within the cap
         body: bytes = (await receive()).get("body", b"")
-    else:
-        body = await _slow_body(receive, settings, cap)
-    return inflate(body, encoding, cap) if encoding else body
+        return body
+    return await _slow_body(receive, settings, cap)
 
 
 def inflate(body: bytes, encoding: bytes, cap: int) -> bytes:
@@ -171,7 +171,7 @@ def inflate(body: bytes, encoding: bytes, cap: int) -> bytes:
 
     Args:
         body: what came.
-        encoding: the value of Content-Encoding: gzip, deflate or identity.
+        encoding: the value of Content-Encoding: gzip, deflate, identity or none.
         cap: the most bytes that come out.
 
     Raises:
@@ -184,7 +184,7 @@ def inflate(body: bytes, encoding: bytes, cap: int) -> bytes:
         b'[1, 2]'
     """
     name = encoding.strip().lower()
-    if name == b"identity":
+    if name in (b"", b"identity"):
         return body
     if name not in (b"gzip", b"deflate"):
         raise DataError(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import fcntl
 import termios
 from array import array
-from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -16,10 +14,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from domlora.serving.http.answers import Answer
-from domlora.serving.http.exchange import Exchange, Scorer, raw_answer, target_of, wire
-from domlora.serving.http.limits import BYTES_A_SECOND, Admission, is_scoring
-from domlora.serving.http.metrics import Metrics
-from domlora.serving.settings import Settings
+from domlora.serving.http.exchange import Exchange, raw_answer, target_of, wire
+from domlora.serving.http.limits import BYTES_A_SECOND, is_scoring
+from domlora.serving.http.shared import Shared
 
 __all__ = ["Protocol", "ServerConfig", "Shared", "raw_answer", "unread"]
 
@@ -28,38 +25,6 @@ _LINGER_S, _LINGER_BYTES = 1.0, 4 << 20  # of a refused body that is still read:
 _UNREAD_S = 10.0  # an answer that the client does not take
 _RECENT_S = 0.5  # at the end: the next request of a client that was just answered, or has just come, may be on its way
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-@dataclass(slots=True)
-class Shared:
-    """What the connections of a process share.
-
-    Args:
-        settings: of the server.
-        metrics: where refusals are counted.
-        admission: who waits for a turn.
-        draining: the server ends soon, and is not ready.
-        closing: nobody new can come; no connection is kept after its answer.
-        scorer: answers requests to score; while there is none, the application does.
-        refused: reasons and statuses that :meth:`count` has not told the metrics yet.
-    """
-
-    settings: Settings
-    metrics: Metrics
-    admission: Admission = field(init=False)
-    draining: bool = False
-    closing: bool = False
-    scorer: Scorer | None = None
-    refused: Counter[tuple[str, int]] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.admission = Admission(self.settings.max_wait_s)
-
-    def count(self) -> None:
-        """Tell the metrics what was refused; called now and then, because in an overload counting costs too."""
-        while self.refused:
-            (reason, status), number = self.refused.popitem()
-            self.metrics.refused(reason, status, number)
 
 
 class ServerConfig(Config):
@@ -117,8 +82,11 @@ class Protocol(HttpToolsProtocol):
         self.since: float | None = perf_counter()  # a message has begun and is not whole
         self._in_headers = True
         self._received = 0  # bytes of these headers, or of this body
+        self._around = 0  # bytes of these headers; or since the body's last: its wrapping, and what stands behind it
+        self._turn: Any = None  # the cycle that is answered; behind it are those of the pipeline
         self._held: tuple[Any, Any] | None = None
-        self._ended = False
+        self._ended = False  # nothing more is read
+        self._mute = False  # nothing more is said
         self._skipped = False  # a refused request whose body is still coming
         self._idle_since = perf_counter()
         self._unsent_since: float | None = None
@@ -135,18 +103,34 @@ class Protocol(HttpToolsProtocol):
                 self.transport.abort()
             return
         if self.since is None:
-            self.since, self._in_headers, self._received = perf_counter(), True, 0
+            self._begin()
         self._received += len(data)
+        self._around += len(data)
         super().data_received(data)
-        if self._in_headers and self._received > _MAX_HEADER_BYTES and self.since is not None:
-            self._refuse_connection("headers", 431, _TOO_MANY_HEADERS)
+        if self._around > _MAX_HEADER_BYTES and self.since is not None and not self._ended:
+            self._refuse_message("headers", 431, _TOO_MANY_HEADERS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for cycle in (self._turn, *(cycle for cycle, _ in self.pipeline)):  # uvicorn tells the last one alone
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         self.url, self.headers, self.expect_100_continue = b"", [], False
-        self.since, self._in_headers = perf_counter(), True
+        if self.since is None:  # behind another one, and in the same packet
+            self._begin()
+        self.since = perf_counter()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:  # else it stands behind a body in chunks, where nobody looks for one
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_headers, self._received = False, 0
+        if self._ended:  # it came in the packet of a body that was refused
+            return
+        self._in_headers, self._received, self._around = False, 0, 0
         target = target_of(self.url) if self.parser.get_method() == b"POST" else None
         if target is None or self.shared.scorer is None or self.parser.should_upgrade():
             self._take_as_uvicorn()
@@ -156,8 +140,9 @@ class Protocol(HttpToolsProtocol):
             self._take(*target)
 
     def on_body(self, body: bytes) -> None:
+        self._around = 0
         cycle: Any = self.cycle
-        if self._skipped:
+        if self._skipped or self._ended:
             return
         if isinstance(cycle, Exchange):
             size = 0 if cycle.response_complete else cycle.add(body)
@@ -171,12 +156,12 @@ class Protocol(HttpToolsProtocol):
             self._refuse_held("too_large", 413, _TOO_LARGE)
 
     def on_message_complete(self) -> None:
+        if self._ended:
+            return
         if self._skipped:
             self._refuse_skipped()
             return
         super().on_message_complete()
-        if self._ended:
-            return
         self.since = None
         if self._held is not None:
             held, self._held = self._held, None
@@ -194,13 +179,7 @@ class Protocol(HttpToolsProtocol):
             self._linger()  # the application answered before it had read the body
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - what the parser says helps nobody
-        if self.cycle is None or self.cycle.response_complete:
-            self._refuse_connection("malformed", 400, _MALFORMED)
-            return
-        self._count("malformed", 400)  # behind a request that is still answered: nothing may come before that answer
-        self.pipeline.clear()
-        self.cycle.keep_alive = False
-        self._ended, self._received, self.since = True, 0, perf_counter()
+        self._refuse_message("malformed", 400, _MALFORMED)
 
     def sweep(self, now: float) -> None:
         """Close this connection if its client is too slow; called some times a second."""
@@ -255,6 +234,9 @@ class Protocol(HttpToolsProtocol):
         elif now - self._unsent_since > _UNREAD_S:
             self.transport.abort()
 
+    def _begin(self) -> None:
+        self.since, self._in_headers, self._received, self._around = perf_counter(), True, 0, 0
+
     def _take(self, path: str, query: bytes) -> None:
         """Begin a request to score, behind the one before if that is not answered."""
         before, keeps = self.cycle, self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
@@ -277,6 +259,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._turn = cycle
         if self.shared.closing:
             cycle.keep_alive = False
         if isinstance(cycle, Exchange):
@@ -299,7 +282,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse_held("too_large", 413, _TOO_LARGE)
         elif cycle.waiting_for_100_continue:
             cycle.waiting_for_100_continue = False
-            self.transport.write(CONTINUE)
+            self._write(CONTINUE)
 
     def _offer(self, cycle: Any, app: Any) -> None:
         offer, refuse = self.shared.admission.offer, partial(self._refuse_busy, cycle)
@@ -332,7 +315,7 @@ class Protocol(HttpToolsProtocol):
         if exchange.disconnected:
             return
         exchange.response_started = exchange.response_complete = True
-        self.transport.write(wire(answer, self.server_state.default_headers, exchange.keep_alive))
+        self._write(wire(answer, self.server_state.default_headers, exchange.keep_alive))
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -343,7 +326,7 @@ class Protocol(HttpToolsProtocol):
             return
         self._count("busy", 503)
         cycle.response_complete = True
-        self.transport.write(_BUSY[not cycle.keep_alive])
+        self._write(_BUSY[not cycle.keep_alive])
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -352,7 +335,7 @@ class Protocol(HttpToolsProtocol):
         self._skipped, self.since, self._idle_since = False, None, perf_counter()
         keeps = self.parser.should_keep_alive() and not self.shared.closing
         self._count("busy", 503)
-        self.transport.write(_BUSY[not keeps])
+        self._write(_BUSY[not keeps])
         if not keeps:
             self.transport.close()
 
@@ -364,13 +347,30 @@ class Protocol(HttpToolsProtocol):
         self._count(reason, status)
         cycle.response_complete = True
         cycle.body.clear()
-        self.transport.write(answer)
+        self._write(answer)
         self._linger()
+
+    def _refuse_message(self, reason: str, status: int, answer: bytes) -> None:
+        """Answer what is coming, and take no more of it; nothing is said before the answer to a request in front of it."""
+        if self._held is not None:
+            self._refuse_held(reason, status, answer)
+        elif self._turn is None or self._turn.response_complete:
+            self._refuse_connection(reason, status, answer)
+        else:  # the connection closes after that answer
+            self._count(reason, status)
+            self.pipeline.clear()
+            self.cycle, self._turn.keep_alive = self._turn, False
+            self._ended, self._received, self.since = True, 0, perf_counter()
 
     def _refuse_connection(self, reason: str, status: int, answer: bytes) -> None:
         self._count(reason, status)
-        self.transport.write(answer)
+        self._write(answer)
         self._linger()
+
+    def _write(self, data: bytes) -> None:
+        """Send, unless the client cannot be told any more: writing would raise."""
+        if not self._mute and not self.transport.is_closing():
+            self.transport.write(data)
 
     def _count(self, reason: str, status: int) -> None:
         self.shared.refused[reason, status] += 1
@@ -381,5 +381,6 @@ class Protocol(HttpToolsProtocol):
             return
         self._ended, self._received, self.since = True, 0, perf_counter()
         self.flow.resume_reading()
+        self._mute = True
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -16,6 +16,7 @@ from domlora.serving.snapshot import Snapshot
 __all__ = ["Asked", "LogitsOf", "Part", "Scores", "probability_of", "score"]
 
 NO_ADAPTER = "none"
+_LONGEST = 200  # characters of a domain: it is told in headers, kept, and logged with each row
 Rows = NDArray[np.intp]
 
 
@@ -89,12 +90,13 @@ def score(service: Service, asked: Asked, logits_of: LogitsOf) -> Scores:
 
     Raises:
         UnknownDomainError: a domain without an adapter, where the policy is ``error``.
-        DataError: rows that cannot be scored.
+        DataError: rows that cannot be scored, or a domain of more than 200 characters.
         UnavailableError: what should answer cannot be read.
     """
     if service.rows is not None:
         service.rows.take_degraded()  # those of a request that failed
     if asked.domain is None or isinstance(asked.domain, str):
+        _check_domain(asked.domain)
         scores = _of_one(service, asked, asked.domain, logits_of)
     else:
         scores = _of_many(service, asked, asked.domain, logits_of)
@@ -131,6 +133,8 @@ def _of_one(service: Service, asked: Asked, domain: str | None, logits_of: Logit
 
 def _of_many(service: Service, asked: Asked, domains: Sequence[str | None], logits_of: LogitsOf) -> Scores:
     places = {domain: place for place, domain in enumerate(dict.fromkeys(domains))}
+    for domain in places:
+        _check_domain(domain)
     place = np.fromiter(map(places.__getitem__, domains), np.int64, len(domains))
     sizes = np.bincount(place).tolist()
     routes = {
@@ -207,6 +211,11 @@ def _degraded(scores: Scores, num_rows: int) -> Scores:
         return scores
     told = min(num_rows, len(scores.logit))  # who asks to explain has each row scored twice
     return scores._replace(degraded=told, headers=(*scores.headers, (b"x-domlora-degraded", b"%d" % told)))
+
+
+def _check_domain(domain: str | None) -> None:
+    if domain is not None and len(domain) > _LONGEST:
+        raise DataError(f"a domain must have at most {_LONGEST} characters", received=domain[:_LONGEST])
 
 
 def _number(snapshot: Snapshot, route: Route) -> int:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from domlora.serving.rows.store import RowStore
     from domlora.serving.source import Opened
 
-__all__ = ["Header", "Route", "Service", "make"]
+__all__ = ["Header", "Route", "Service", "check_rows", "make"]
 
 _LOG = logging.getLogger("domlora.serving")
 _PRINTABLE = re.compile(rb"[!-~]{1,128}")
@@ -168,12 +168,7 @@ class Service:
 
     def check_rows(self, num_rows: int) -> None:
         """Raises DataError for none, or for more than are allowed."""
-        if not 0 < num_rows <= self.settings.max_rows:
-            raise DataError(
-                f"a request must have 1 to {self.settings.max_rows} rows",
-                received=num_rows,
-                next_step="Send several requests" if num_rows else "Send a row",
-            )
+        check_rows(num_rows, self.settings.max_rows)
 
     def check_ids(self, snapshot: Snapshot, ids: NDArray[np.int64]) -> None:
         """Count values that no row of training had, or refuse them, as the settings say."""
@@ -266,6 +261,16 @@ class Service:
         return True
 
 
+def check_rows(num_rows: int, max_rows: int) -> None:
+    """Raises DataError for none, or for more than are allowed."""
+    if not 0 < num_rows <= max_rows:
+        raise DataError(
+            f"a request must have 1 to {max_rows} rows",
+            received=num_rows,
+            next_step="Send several requests" if num_rows else "Send a row",
+        )
+
+
 def _totals(scored: Sequence[tuple[str | None, NDArray[np.float32]]]) -> dict[str | None, tuple[float, int]]:
     """Each domain's sum and number, by one sum over all of them."""
     if not scored:
@@ -332,4 +337,4 @@ def make(settings: Settings, metrics: Metrics) -> Served:
     registry = Registry.open(store.folder / "experiments")
     service = Service(live, settings, metrics, registry, open_log(store.folder / "log", settings, metrics), rows)
     app = make_app(service)
-    return Served(app, service.refresh, service.close, app.score)
+    return Served(app, service.refresh, app.close, app.score)

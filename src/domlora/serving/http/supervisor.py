@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
-from domlora.errors import ConfigError
+from domlora.errors import ConfigError, needing
 from domlora.serving.http.logs import log_to
 from domlora.serving.settings import Settings
 
@@ -29,6 +31,8 @@ _LOG = logging.getLogger("domlora.serving")
 _WORKER = "domlora.serving.http.worker"
 FACTORY = "domlora.serving.http.service:make"
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+_LIBRARIES = ("httptools", "msgspec", "onnxruntime", "prometheus_client", "uvicorn", "uvloop")
+_TRACING = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 _LOOK_S = 0.25
 _BACKLOG = 1024
 _SILENT_S = 2.0  # beside twice deadline_s, within which the worker ends itself
@@ -70,8 +74,11 @@ def serve(settings: Settings, *, factory: str = FACTORY) -> int:
         factory: ``module:function`` that makes the application in each worker; see ``worker.Served``.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be had, or libraries are missing.
     """
+    _find("serve", "domlora serve", _LIBRARIES)
+    if settings.otlp_endpoint is not None:
+        _find("opentelemetry", "otlp_endpoint", _TRACING)
     listening = _listen(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # before there are threads, which would take them
     listener = log_to()
@@ -193,6 +200,14 @@ class _Supervisor:
         """The next signal, a child's end among them; None if there was none in time."""
         found = signal.sigtimedwait(_SIGNALS, timeout_s)
         return None if found is None else found.si_signo
+
+
+def _find(extra: str, what: str, libraries: Sequence[str]) -> None:
+    """Look for what every worker imports: without it each would end at once, and be started anew for ever."""
+    with needing(extra, what):
+        for name in libraries:
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}")
 
 
 def _listen(settings: Settings) -> socket.socket:

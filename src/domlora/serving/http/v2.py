@@ -31,7 +31,7 @@ from domlora.serving.http.answers import (
     request_id_header,
 )
 from domlora.serving.http.scoring import Asked, Part, Scores, score
-from domlora.serving.http.service import Service
+from domlora.serving.http.service import Service, check_rows
 
 __all__ = ["PREFIX", "infer", "live", "model", "ready", "server"]
 
@@ -59,9 +59,7 @@ _INTEGERS, _NUMBERS, _TEXTS = (msgspec.json.Decoder(kind) for kind in (list[int]
 _ROWS_OF_INTEGERS, _ROWS_OF_NUMBERS = (msgspec.json.Decoder(kind) for kind in (list[list[int]], list[list[float]]))
 _KINDS = {
     "ids": _Kind("ids", "INT64", "[rows, slots]", 2, np.dtype("<i8"), _INTEGERS, _ROWS_OF_INTEGERS),
-    "dense": _Kind(
-        "dense", "FP32", "[rows, numbers]", 2, np.dtype("<f4"), _NUMBERS, msgspec.json.Decoder(list[list[float]])
-    ),
+    "dense": _Kind("dense", "FP32", "[rows, numbers]", 2, np.dtype("<f4"), _NUMBERS, _ROWS_OF_NUMBERS),
     "domain": _Kind("domain", "BYTES", "[rows] or [1]", 1, np.dtype("O"), _TEXTS, _TEXTS),
 }
 
@@ -188,14 +186,14 @@ def _described(service: Service, named: _Model) -> dict[str, Any]:
 def _infer(service: Service, request: Request, named: _Model) -> Answer:
     body = request.body
     start = _header_length(request.headers.get(_HEADER_LENGTH), len(body))
-    asked = _parsed(body[:start]) if start <= _MOST_KEPT_BYTES else _parsed.__wrapped__(body[:start])
+    parsed = _parsed if start <= _MOST_KEPT_BYTES else _parsed.__wrapped__
+    asked = parsed(body[:start], service.settings.max_rows)
     if len(body) != start + asked.num_bytes:
         more = len(body) - start - asked.num_bytes
         raise DataError("the body must end where its inputs end", received=f"{more} bytes more")
     inputs = {tensor.kind.name: _array(tensor, body, start) for tensor in asked.tensors}
     ids, dense = inputs["ids"], inputs.get("dense")
     num_rows = len(ids)
-    service.check_rows(num_rows)
     if dense is None:
         dense = np.empty((num_rows, 0), np.float32)
 
@@ -209,18 +207,19 @@ def _infer(service: Service, request: Request, named: _Model) -> Answer:
     request_id = asked.id or service.request_id(request)
     scores = score(service, Asked(num_rows, domain, asked.unit, request_id, named.version), logits_of)
     answer = _answer(named, asked, scores, request_id)
-    accepted = request.headers.get(b"accept-encoding")
-    return answer if accepted is None else compressed(answer, accepted)
+    return compressed(answer, request.headers.get(b"accept-encoding"))
 
 
 @lru_cache(maxsize=4096)  # a client's requests of one size and domain have one header, unless it numbers them
-def _parsed(header: bytes) -> _Asked:
+def _parsed(header: bytes, max_rows: int) -> _Asked:
     """What the JSON asks for, as far as it can be checked without the binary data."""
     told: _Infer = json_object(header, _DECODER, _num_fields)
+    if len(told.id) > _LONGEST:
+        raise DataError(f"an id must have at most {_LONGEST} characters", received=told.id[:_LONGEST])
     tensors: dict[str, _Tensor] = {}
     at = 0
     for each in told.inputs:
-        tensor = _tensor(each, at)
+        tensor = _tensor(each, at, max_rows)
         if each.name in tensors:
             raise DataError("an input must come once", received=each.name)
         tensors[each.name] = tensor
@@ -231,8 +230,8 @@ def _parsed(header: bytes) -> _Asked:
     return _Asked(told.id, unit, domain, _outputs(told), tuple(tensors.values()), at)
 
 
-def _tensor(told: _Input, at: int) -> _Tensor:
-    """An input whose name, type, shape and number of bytes agree."""
+def _tensor(told: _Input, at: int, max_rows: int) -> _Tensor:
+    """An input whose name, type, shape and number of bytes agree, of a number of rows that is allowed."""
     kind = _KINDS.get(told.name)
     if kind is None:
         raise DataError("no such input", received=told.name[:_LONGEST], next_step=nearest("", _KINDS))
@@ -240,6 +239,7 @@ def _tensor(told: _Input, at: int) -> _Tensor:
         raise DataError(f"input {told.name!r} must be {kind.datatype}", received=told.datatype[:_LONGEST])
     if len(told.shape) != kind.dimensions or min(told.shape) < 0:
         raise DataError(f"input {told.name!r} must have the shape {kind.shape}", received=told.shape[:8])
+    check_rows(told.shape[0], max_rows)
     size = told.parameters.get("binary_data_size")
     if size is None:
         return _Tensor(kind, tuple(told.shape), at, None, _of_json(told, kind))
