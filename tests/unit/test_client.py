@@ -303,6 +303,16 @@ def test_a_late_answer_is_an_error() -> None:
             client.score([{"item": "a"}])
 
 
+@pytest.mark.parametrize(("more", "degraded"), [({}, 0), ({"degraded": 2}, 2), ({"degraded": 1, "newer": "yes"}, 1)])
+def test_rows_that_were_answered_with_fallbacks_are_told(
+    refusing: Callable[..., Refusing], more: dict[str, Any], degraded: int
+) -> None:
+    told = {"request_id": "r", "probability": [0.5, 0.25], "bundle": "3", "adapters": {}, "arms": {}, **more}
+    with Client(refusing([answer("200 OK", json.dumps(told).encode())]).url) as client:
+        scored = client.score([{"item": "a"}, {"item": "b"}])
+    assert (scored.degraded, scored.probability.tolist()) == (degraded, [0.5, 0.25])
+
+
 def test_an_answer_that_is_no_json_is_told(refusing: Callable[..., Refusing]) -> None:
     page = answer("502 Bad Gateway", b"<html>proxy</html>")
     with Client(refusing([page]).url) as client, pytest.raises(UnavailableError, match=r"502.*proxy"):

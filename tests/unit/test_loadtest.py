@@ -10,6 +10,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from domlora.errors import ConfigError, DataError
+from domlora.features.text import canonical_text
 from domlora.loadtest import Plan, cpu_seconds, draw_domains, from_file, http_request, random_requests, run
 
 METADATA = {
@@ -260,6 +263,47 @@ def test_requests_come_from_parquet(tmp_path: Path) -> None:
     assert told[1]["candidates"] == {"item": ["w"], "past": [[2, 3]]}
 
 
+def test_values_of_parquet_that_json_does_not_have(tmp_path: Path) -> None:
+    file, number = tmp_path / "some.parquet", Decimal("2.50")
+    when = datetime(2026, 5, 26, 12, 30, tzinfo=UTC)
+    columns = {
+        "day": [when.date(), None],
+        "at": [when, when],
+        "price": [number, Decimal(3)],
+        "age": [float("nan"), 1.0],
+    }
+    pq.write_table(pa.table(columns), file)
+    sent = from_file(file, "live", rows=2)[0][1]
+    told = json.loads(sent, parse_constant=lambda name: pytest.fail(name))["candidates"]
+    assert told == {
+        "day": ["2026-05-26", None], "at": [canonical_text(when)] * 2, "price": [2.5, 3], "age": [None, 1.0]
+    }  # fmt: skip
+    assert [canonical_text(value) for value in told["price"]] == [canonical_text(number), canonical_text(Decimal(3))]
+    pq.write_table(pa.table({"raw": [b"x"]}), file)
+    with pytest.raises(DataError, match="type bytes"):
+        from_file(file, "live", rows=2)
+
+
+def test_a_host_without_an_address_is_one_line() -> None:
+    plan = Plan("http://no-such-host.invalid:80", seconds=0.1, warmup_s=0.0)
+    with pytest.raises(ConfigError, match=r"must have an address.*no-such-host"):
+        run(plan, [http_request("/v1/score", b"{}", plan.url)])
+
+
+def test_what_the_client_extra_brings_is_named() -> None:
+    """And needed only for random ids."""
+    code = (
+        "import sys; sys.modules['httpx'] = None\n"
+        "from domlora.loadtest import from_file, random_requests\n"
+        "from domlora.cli import main\n"
+        "sys.argv = ['domlora', 'loadtest', 'http://127.0.0.1:9']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'domlora[client]'" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\xff"])
 def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "some.jsonl"
@@ -272,7 +316,16 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rate": 0}, {"seconds": 0}, {"clients": 0}, {"processes": 9}, {"warmup_s": -1}, {"url": "localhost:80"}]
+    "wrong",
+    [
+        {"rate": 0},
+        {"seconds": 0},
+        {"clients": 0},
+        {"processes": 9},
+        {"warmup_s": -1},
+        {"url": "localhost:80"},
+        {"url": "http://h:99999"},
+    ],
 )
 def test_a_plan_is_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

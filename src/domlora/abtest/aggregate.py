@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domlora.abtest.experiments import Experiment
-from domlora.abtest.segments import EXPOSURES, FEEDBACK, reading
+from domlora.abtest.segments import EXPOSURES, FEEDBACK, reading, whole_ones
 from domlora.abtest.statistics import Columns
 from domlora.errors import DataError
 
@@ -82,6 +82,8 @@ class Sums:
 def log_of(folder: Path, *, memory: str = "4GB", threads: int | None = None) -> Iterator[Log]:
     """The event log in a folder, which holds ``exposures/*.parquet`` and ``feedback/*.parquet``.
 
+    Damaged files are left out, with a warning.
+
     Args:
         folder: the log, or the store around it.
         memory: what DuckDB may take; beyond, it goes to disk.
@@ -91,7 +93,8 @@ def log_of(folder: Path, *, memory: str = "4GB", threads: int | None = None) -> 
         DataError: nothing was shown yet.
     """
     place = folder / "log" if (folder / "log").is_dir() else folder
-    with reading(place) as files, TemporaryDirectory(prefix="domlora-ab-") as spare:
+    with reading(place) as found, TemporaryDirectory(prefix="domlora-ab-") as spare:
+        files = {kind: whole_ones(paths) for kind, paths in found.items()}
         if not files["exposures"]:
             raise DataError("a log must hold exposures", received=str(folder), next_step="Serve some requests first")
         connection = duckdb.connect(config={"memory_limit": memory, "temp_directory": spare})
@@ -122,9 +125,10 @@ def columns_of(metric: str, *, cuped: bool) -> Columns:
 def over_units(log: Log, experiment: Experiment, *, until_s: float | None = None, window_s: float = _WINDOW_S) -> Sums:
     """Sum an experiment's log up by unit, and the units' squares and products by arm, domain and look.
 
-    A click counts once a row, and so does a conversion, with the largest value that was told; a value of 0 says that it
-    did not happen. Feedback belongs to the row of its request. Where it names no row, it belongs to what its unit saw last,
-    at most ``window_s`` before. What came of a row counts at the time when the row was shown.
+    A row counts once, also where its request was sent twice under one id: as it was answered first. A click counts once a
+    row, and so does a conversion, with the largest value that was told; a value of 0 says that it did not happen. Feedback
+    belongs to the row of its request. Where it names no row, it belongs to what its unit saw last, at most ``window_s``
+    before. What came of a row counts at the time when the row was shown.
 
     Args:
         log: of any number of experiments.
@@ -178,10 +182,7 @@ def spread_of(log: Log, *, look_s: float, metric: str, domains: Sequence[str] | 
     start, end = found[0]
     if start is None:
         raise DataError("a log must hold units", received=log.exposures, next_step="Send a unit with each request")
-    several = log.rows(f"SELECT count(DISTINCT experiment) FROM {log.exposures}")[0][0] > 1
-    once = "DISTINCT ON (request_id, row) " if several else ""  # a row is there once for each experiment
-    one = f"(SELECT {once}* REPLACE ('' AS arm) FROM {log.exposures} WHERE {within})"
-    _sum_up(log, one, "TRUE", told, start, look_s)
+    _sum_up(log, f"(SELECT * REPLACE ('' AS arm) FROM {_once(log, within, told)})", told, start, look_s)
     _make_before(log, start, start)
     looks = _by_look(log, int((end - start) // look_s) + 1, columns_of(metric, cuped=False))[""]
     return looks[: max(int((end - start) / look_s), 1)]
@@ -221,7 +222,7 @@ def _make_happened(log: Log, end: float, window_s: float) -> None:
 def _make_seen(log: Log, shown: str, told: list[Any], experiment: Experiment) -> tuple[int, int]:
     """Sums by unit, arm, domain and look: the table ``seen``; units in several arms are counted and taken out."""
     names = [arm.name for arm in experiment.arms]
-    _sum_up(log, log.exposures, shown, told, told[1], experiment.look_s)
+    _sum_up(log, _once(log, shown, told), told, told[1], experiment.look_s)
     listed = ", ".join("?" * len(names))
     held_out = log.rows(f"SELECT count(DISTINCT unit) FROM seen WHERE arm NOT IN ({listed})", names)[0][0]
     log.rows(f"DELETE FROM seen WHERE arm NOT IN ({listed})", names)
@@ -234,7 +235,28 @@ def _make_seen(log: Log, shown: str, told: list[Any], experiment: Experiment) ->
     return int(crossed), int(held_out)
 
 
-def _sum_up(log: Log, source: str, shown: str, told: list[Any], start: float, look_s: float) -> None:
+def _once(log: Log, within: str, told: Sequence[Any]) -> str:
+    """A query of exposures with each row of an answer once, as it was shown first.
+
+    A row is there for each experiment, and again where a client or a proxy sent two requests under one id. In one experiment
+    few are: a hash tells them from the others, and only they are compared.
+    """
+    some, columns = f"{within} AND coalesce(request_id, '') <> ''", "time_s, request_id, row, unit, domain, arm"
+    log.connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE twice AS SELECT hash(request_id, row) AS key FROM {log.exposures} WHERE {some}
+        GROUP BY key HAVING count(*) > 1""",
+        told,
+    )
+    log.connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE firsts AS SELECT DISTINCT ON (request_id, row) {columns} FROM {log.exposures}
+        WHERE {some} AND hash(request_id, row) IN (FROM twice) ORDER BY request_id, row, time_s, unit, domain, arm""",
+        told,
+    )
+    rest = f"SELECT {columns} FROM {log.exposures} WHERE {within} AND hash(request_id, row) NOT IN (FROM twice)"
+    return f"({rest} UNION ALL FROM firsts)"
+
+
+def _sum_up(log: Log, source: str, told: list[Any], start: float, look_s: float) -> None:
     # 64 bits of hash stand for a unit: among 1e7 of them, two are taken for one with a chance of 3e-6
     log.connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE seen AS
@@ -243,22 +265,21 @@ def _sum_up(log: Log, source: str, shown: str, told: list[Any], start: float, lo
             count(*)::DOUBLE AS shown, coalesce(sum(clicks), 0.0) AS clicks,
             coalesce(sum(conversions), 0.0) AS conversions, coalesce(sum(value), 0.0) AS value
         FROM {source} LEFT JOIN happened USING (request_id, row)
-        WHERE {shown} AND coalesce(unit, '') <> '' GROUP BY ALL""",
+        WHERE coalesce(unit, '') <> '' GROUP BY ALL""",
         told,
     )
 
 
 def _make_before(log: Log, start: float, end: float) -> None:
     """The same sums of the period before, of units that were seen since: the tables ``before`` and ``before_by_domain``."""
+    within = f"time_s >= {_number(start)} AND time_s < {_number(end)}"
+    within += " AND coalesce(unit, '') <> '' AND hash(unit) IN (SELECT unit FROM seen)"
     log.connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE before_by_domain AS
         SELECT hash(unit) AS unit, coalesce(domain, '') AS domain, count(*)::DOUBLE AS before_shown,
             coalesce(sum(clicks), 0.0) AS before_clicks, coalesce(sum(conversions), 0.0) AS before_conversions,
             coalesce(sum(value), 0.0) AS before_value
-        FROM {log.exposures} LEFT JOIN happened USING (request_id, row)
-        WHERE time_s >= {_number(start)} AND time_s < {_number(end)}
-            AND coalesce(unit, '') <> '' AND hash(unit) IN (SELECT unit FROM seen)
-        GROUP BY ALL"""
+        FROM {_once(log, within, ())} LEFT JOIN happened USING (request_id, row) GROUP BY ALL"""
     )
     log.connection.execute(
         "CREATE OR REPLACE TEMP TABLE before AS SELECT unit, sum(before_shown) AS before_shown, sum(before_clicks) AS "

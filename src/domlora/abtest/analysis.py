@@ -188,6 +188,8 @@ def _overall(experiment: Experiment, sums: Sums) -> tuple[Lift, ...]:
 
 def _by_domain(experiment: Experiment, sums: Sums) -> tuple[Lift, ...]:
     names = sorted({domain for _, domain in sums.by_domain})
+    if not names:  # all units were kept out
+        return ()
     stacks = {arm.name: np.stack([_of(sums.by_domain, (arm.name, name)) for name in names]) for arm in experiment.arms}
     found = [
         _lifts(arm.name, metric, names, stacks[experiment.control.name], stacks[arm.name], experiment)

@@ -310,9 +310,11 @@ class EventLog:
         if self._tidy_s is None or self.folder is None or time.monotonic() - self._tidied < self._tidy_s:
             return
         self._tidied = time.monotonic()
-        compact(self.folder)
-        if self._keep_days is not None:
-            retain(self.folder, self._keep_days)
+        try:
+            compact(self.folder)
+        finally:  # on a full disk nothing is merged, and all the more must go
+            if self._keep_days is not None:
+                retain(self.folder, self._keep_days)
 
 
 def _drain(waiting: deque[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -43,6 +44,7 @@ class _Recent:
 class Observer:
     """Sums of probabilities and of clicks by domain, of rows whose window has passed.
 
+    A request that is sent again counts once, as it was answered first.
     All rows of an answer count as shown, until some client reports the event ``shown``: from then on only reported rows do.
     Feedback that another process of the same log received is read from its segments.
 
@@ -110,7 +112,10 @@ class Observer:
 
     def _remember(self, event: Any) -> None:
         recent = _Recent(event.request_id, event.time_s + self._window_s, event.domain, event.probability, event.rows)
-        self._by_request.setdefault(event.request_id, []).append(recent)
+        known = self._by_request.setdefault(event.request_id, [])
+        if known and known[0].until_s != recent.until_s:  # the parts of one answer have one time
+            return
+        known.append(recent)
         self._order.append(recent)
         self._rows += len(recent.probability)
 
@@ -151,6 +156,6 @@ def _columns(path: Path) -> Iterable[Sequence[Any]]:
     names = ["request_id", "row", "event", "value"]
     try:
         table = pq.read_table(path, columns=names, partitioning=None)
-    except FileNotFoundError:  # merged meanwhile
+    except (OSError, pa.ArrowInvalid):  # merged meanwhile, or damaged
         return ()
     return zip(*(table[name].to_pylist() for name in names), strict=True)

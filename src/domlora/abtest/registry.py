@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Self
 
 from domlora.abtest.experiments import Experiment
-from domlora.errors import ConfigError, DataError, nearest
+from domlora.errors import ConfigError, DataError, SchemaError, nearest
+from domlora.features.schema import Schema
 from domlora.files import sync_one, told
 
 __all__ = ["Registry"]
@@ -77,6 +79,11 @@ class Registry:
         before, self._seen = self._seen, seen
         return seen != before
 
+    def answering_with(self, version: int) -> list[str]:
+        """The running experiments one of whose arms is a version."""
+        running = (each for each in self.all() if each.status == "running")
+        return [each.name for each in running if version in {arm.version for arm in each.arms}]
+
     def create(self, experiment: Experiment) -> Experiment:
         """Add a draft.
 
@@ -103,7 +110,8 @@ class Registry:
 
         Raises:
             ConfigError: it is no draft, its layer is full, another layer steers the same thing, or an arm names a version
-                that the store does not have.
+                that the store does not have, or one that reads other columns than the live one.
+            DataError: the schema of one of them cannot be read.
         """
         with self._turn():
             draft = self._with_status(name, "draft", "started")
@@ -159,6 +167,9 @@ class Registry:
                     received=arm.version,
                     next_step=nearest(str(arm.version), known),
                 )
+        live = _live_version(self.folder.parent)
+        for version in {arm.version for arm in draft.arms} - {None, live} if live else ():
+            _check_columns(place, version, live)
 
     def _put_draft(self, experiment: Experiment) -> Experiment:
         if experiment.status != "draft":
@@ -201,6 +212,35 @@ def _marks(folder: Path) -> Iterator[tuple[str, int, int]]:
         if entry.name.endswith(".json") and not entry.name.startswith("."):
             facts = entry.stat()
             yield entry.name, facts.st_ino, facts.st_mtime_ns
+
+
+def _live_version(store: Path) -> int | None:
+    """The version that answers; None where that is not known."""
+    try:
+        live: int | None = json.loads((store / "state.json").read_bytes())["live"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return live
+
+
+def _check_columns(place: Path, version: int | None, live: int | None) -> None:
+    """Requests are made for the live version, so an arm's must read the same columns."""
+    wanted, has = (_columns(place / str(number)) for number in (live, version))
+    if wanted != has:
+        told = {"lacks": sorted(wanted - has)[:8], "adds": sorted(has - wanted)[:8]}
+        raise ConfigError(
+            "an arm's version must read the columns of the live one, for which requests are made",
+            received=f"version {version}, which "
+            + " and ".join(f"{word} {names}" for word, names in told.items() if names),
+            next_step=f"Let the arm be a version with the columns of version {live}",
+        )
+
+
+def _columns(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(Schema.load(folder / "schema.json").columns)
+    except (OSError, UnicodeDecodeError, SchemaError) as error:
+        raise DataError(f"a version must have a whole schema ({error})", received=f"version {folder.name}") from error
 
 
 def _check_apart(draft: Experiment, others: list[Experiment]) -> None:

@@ -4,13 +4,15 @@ LOG/exposures/TIME-WRITER-COUNT.L0.parquet    what was answered, one row a score
 LOG/feedback/TIME-WRITER-COUNT.L0.parquet     what happened then
 
 ``TIME`` is when the file was written, in nanoseconds, so that names sort by age. ``L0`` files were written by a server;
-:func:`compact` makes one ``L1`` of sixty of them, one ``L2`` of sixty ``L1``.
+:func:`compact` makes one ``L1`` of sixty of them, one ``L2`` of sixty ``L1``. What it cannot read, such as a file that a
+power cut left half on disk, gets ``.damaged`` after its name, and is no segment any more.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import time
@@ -24,8 +26,20 @@ import pyarrow.parquet as pq
 
 from domlora.files import sync_one
 
-__all__ = ["EXPOSURES", "FEEDBACK", "EventSink", "Kind", "SegmentFiles", "compact", "reading", "retain", "segments"]
+__all__ = [
+    "EXPOSURES",
+    "FEEDBACK",
+    "EventSink",
+    "Kind",
+    "SegmentFiles",
+    "compact",
+    "reading",
+    "retain",
+    "segments",
+    "whole_ones",
+]
 
+_LOG = logging.getLogger("domlora.serving")
 Kind = Literal["exposures", "feedback"]
 KINDS: tuple[Kind, ...] = ("exposures", "feedback")
 
@@ -55,7 +69,7 @@ FEEDBACK = pa.schema(
     ]
 )
 
-_JOURNAL = ".merging.json"
+_JOURNAL, _DAMAGED = ".merging.json", ".damaged"
 _FAN_IN, _TOP_LEVEL = 60, 2
 _MAX_MERGED_BYTES = 256 << 20
 _ROW_GROUP = 250_000
@@ -132,6 +146,21 @@ def segments(folder: Path, kind: Kind) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
+def whole_ones(paths: list[Path]) -> list[Path]:
+    """Those that begin and end as Parquet files do; one warning names the others."""
+    damaged = []
+    for path in paths:
+        try:
+            with _reading_all_of(path):
+                pq.read_metadata(path)
+        except _DamagedError:
+            damaged.append(path)
+    if damaged:
+        names = ", ".join(path.name for path in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        _LOG.warning("%d damaged segments of the log are left out: %s", len(damaged), names)
+    return [path for path in paths if path not in damaged]
+
+
 @contextmanager
 def reading(folder: Path) -> Iterator[dict[Kind, list[Path]]]:
     """The segments of a log by kind, none of which is merged or removed inside the block.
@@ -179,7 +208,7 @@ def retain(folder: Path, days: float) -> int:
     """
     oldest, removed = time.time() - days * _DAY_S, 0
     for kind in KINDS:
-        for path in segments(folder, kind):
+        for path in [*segments(folder, kind), *(folder / kind).glob(f"*{_DAMAGED}")]:
             if _written_s(path) < oldest:
                 removed += _remove(path)
     return removed
@@ -225,7 +254,7 @@ def _cut(parts: list[Path]) -> Iterator[list[Path]]:
 
 
 def _merge(place: Path, parts: list[Path], level: int) -> bool:
-    """One segment instead of several; False if somebody is reading or has removed one of them."""
+    """One segment instead of several; False if somebody is reading, or one of them was removed or is damaged."""
     newest = parts[-1].name.removesuffix(".parquet").rpartition(".")[0]
     name = f"{newest}.L{level}.parquet"
     fresh = place / f".{name}.tmp"
@@ -240,16 +269,49 @@ def _merge(place: Path, parts: list[Path], level: int) -> bool:
             sync_one(place)
             _finish(place)
         return True
+    except _DamagedError as error:
+        _set_aside(error.path)
+        return False
     finally:
         fresh.unlink(missing_ok=True)
 
 
+class _DamagedError(Exception):
+    """A segment is no whole Parquet file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.name)
+        self.path = path
+
+
+@contextmanager
+def _reading_all_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise _DamagedError(path) from error
+    except OSError as error:
+        if error.errno is not None:  # the system's word, and not Parquet's: another time it may be read
+            raise
+        raise _DamagedError(path) from error
+
+
+def _set_aside(path: Path) -> None:
+    """Call a damaged segment something else, when nobody reads: the others can be merged then."""
+    with _swapping(path.parent) as free:
+        if free and path.exists():
+            path.rename(path.with_name(f"{path.name}{_DAMAGED}"))
+            _LOG.warning("segment damaged", extra={"fields": {"file": path.name}})
+
+
 def _write_together(fresh: Path, parts: list[Path]) -> None:
-    schema = pq.read_schema(parts[0])
+    with _reading_all_of(parts[0]):
+        schema = pq.read_schema(parts[0])
     waiting: list[pa.Table] = []
     with pq.ParquetWriter(fresh, schema, compression="zstd", use_dictionary=_repeated(schema)) as writer:
         for path in parts:
-            waiting.append(pq.read_table(path, schema=schema, partitioning=None))
+            with _reading_all_of(path):
+                waiting.append(pq.read_table(path, schema=schema, partitioning=None))
             if sum(len(table) for table in waiting) >= _ROW_GROUP:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from domlora.errors import ConfigError
+from domlora.errors import ConfigError, needing
 from domlora.terminal import STDOUT, print_json
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def read(
     json_: Json = False,
 ) -> None:
     """Lifts with intervals, the split, the looks so far, and what follows."""
-    from domlora.abtest.analysis import analyze
+    with needing("ab", "an analysis"):
+        from domlora.abtest.analysis import analyze
 
     found = analyze(_registry(store).get(name), log or store, until_s=time.time())
     if json_:
@@ -166,7 +167,8 @@ def power(
     """Units and days that a lift needs, from the store's event log."""
     from dataclasses import asdict
 
-    from domlora.abtest.power import needed
+    with needing("ab", "a plan"):
+        from domlora.abtest.power import needed
 
     found = needed(
         store, metric=metric, effect=effect, power=power, alpha=alpha, share=share, part=part, domains=domains
@@ -185,9 +187,18 @@ def power(
 
 def _registry(store: Path) -> Registry:
     from domlora.abtest.registry import Registry
+    from domlora.serving.state import STATE
 
     if not store.is_dir():
         raise ConfigError("a store must be a folder", received=str(store))
+    if not (store / STATE).is_file():
+        beside = store.absolute().with_name(f"{store.absolute().name}.store")
+        known = f"Pass the store beside it: {beside}" if (beside / STATE).is_file() else ""
+        raise ConfigError(
+            f"experiments are in a store, and this folder has no {STATE}",
+            received=str(store),
+            next_step=known or "Make a store with: domlora store add STORE EXPORT",
+        )
     return Registry.open(store / "experiments")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from domlora.cli.options import write_text
-from domlora.errors import ConfigError
+from domlora.errors import ConfigError, needing
 from domlora.terminal import STDOUT
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class _Shape(NamedTuple):
 
 def _random(plan: Plan, model: str, token: str | None, shape: _Shape) -> list[bytes]:
     """Requests with random ids, after the server has said what its model is like."""
-    from domlora.client import Client
+    with needing("client", "a load test with random ids"):
+        from domlora.client import Client
     from domlora.loadtest import draw_domains, http_request, random_requests
 
     if shape.form not in ("binary", "json") or shape.rows < 1:

@@ -46,6 +46,7 @@ class Scored:
         adapters: domain to the version of its adapter.
         arms: experiment to the unit's arm.
         explain: if it was asked for.
+        degraded: how many rows were answered with fallbacks, since the store of rows did not answer.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class Scored:
     adapters: Mapping[str, str]
     arms: Mapping[str, str]
     explain: Explained | None = None
+    degraded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +111,18 @@ def json_of(response: httpx.Response) -> Any:
 
 
 def read_scored(response: httpx.Response) -> Scored:
-    """Of ``/v1/score``."""
+    """Of ``/v1/score``; what a newer server tells besides is left alone."""
     told = json_of(response)
-    explain = None if told.get("explain") is None else Explained(**told["explain"])
-    return Scored(**{**told, "probability": np.array(told["probability"]), "explain": explain})
+    raw = told.get("explain")
+    return Scored(
+        request_id=told["request_id"],
+        probability=np.array(told["probability"]),
+        bundle=told["bundle"],
+        adapters=told["adapters"],
+        arms=told["arms"],
+        explain=None if raw is None else Explained(*(raw[name] for name in Explained._fields)),
+        degraded=told.get("degraded", 0),
+    )
 
 
 def read_inferred(response: httpx.Response) -> Inferred:

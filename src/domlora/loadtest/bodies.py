@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,8 +14,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from domlora.client.requests import infer_body
-from domlora.errors import ConfigError, DataError
+from domlora.errors import ConfigError, DataError, needing
+from domlora.features.text import canonical_text
 
 __all__ = ["draw_domains", "from_file", "http_request", "random_requests"]
 
@@ -84,8 +87,10 @@ def random_requests(
         For each its path, its body, and where binary data begins.
 
     Raises:
-        ConfigError: the server does not say how many ids the model has.
+        ConfigError: the server does not say how many ids the model has, or the client's libraries are not installed.
     """
+    with needing("client", "a load test with random ids"):
+        from domlora.client.requests import infer_body
     sizes, num_dense = _inputs(metadata)
     random = np.random.default_rng(seed)
     path = f"/v2/models/{metadata['name']}/infer"
@@ -112,16 +117,19 @@ def from_file(file: Path, model: str, *, rows: int, domain: str = "domain") -> l
         domain: the column of Parquet that names the domain.
 
     Raises:
-        DataError: the file cannot be read, or is empty.
+        DataError: the file cannot be read, is empty, or has values that no request can hold.
     """
+    infer = f"/v2/models/{model}/infer"
     try:
-        bodies = list(_parquet(file, rows, domain) if file.suffix == ".parquet" else _json_lines(file))
+        bodies = _parquet(file, rows, domain) if file.suffix == ".parquet" else _json_lines(file)
+        made: list[tuple[str, bytes, int | None]] = [
+            (infer if "inputs" in body else _SCORE, json.dumps(body, default=_plain).encode(), None) for body in bodies
+        ]
     except (OSError, ValueError) as error:
         raise DataError(f"requests must be JSON lines or Parquet ({error})", received=str(file)) from error
-    if not bodies:
+    if not made:
         raise DataError("there must be a request", received=str(file))
-    infer = f"/v2/models/{model}/infer"
-    return [(infer if "inputs" in body else _SCORE, json.dumps(body).encode(), None) for body in bodies]
+    return made
 
 
 def _inputs(metadata: Mapping[str, Any]) -> tuple[NDArray[np.int64], int]:
@@ -159,7 +167,7 @@ def _parquet(file: Path, rows: int, domain: str) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     for batch in pq.ParquetFile(file).iter_batches():
-        columns = batch.to_pydict()
+        columns = {name: [_or_none(value) for value in values] for name, values in batch.to_pydict().items()}
         domains = columns.pop(domain, [None] * batch.num_rows)
         start = 0
         for end in range(1, batch.num_rows + 1):
@@ -167,3 +175,19 @@ def _parquet(file: Path, rows: int, domain: str) -> Iterator[dict[str, Any]]:
                 candidates = {name: values[start:end] for name, values in columns.items()}
                 yield {"domain": domains[start], "candidates": candidates}
                 start = end
+
+
+def _or_none(value: Any) -> Any:
+    """JSON has no NaN; to the encoder it is an absent value."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _plain(value: object) -> int | float | str | None:
+    """Values of Parquet that JSON does not have, in a form that has the same text in the encoder."""
+    if isinstance(value, date):
+        return canonical_text(value)
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            return None
+        return int(value) if value == value.to_integral_value() else float(value)
+    raise ValueError(f"no request can hold a value of the type {type(value).__name__}")

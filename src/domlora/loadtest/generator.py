@@ -16,6 +16,9 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from domlora.errors import ConfigError
 
 __all__ = ["OK", "Load", "Seen", "generate"]
 
@@ -87,6 +90,9 @@ def generate(load: Load, requests: Sequence[bytes]) -> Seen:
     Args:
         load: how many and for how long.
         requests: whole, as they go over the wire.
+
+    Raises:
+        ConfigError: the host has no address.
     """
     return _Generator(load, requests).run()
 
@@ -98,7 +104,7 @@ class _Generator:
         self._requests = list(requests)
         self._random.shuffle(self._requests)
         self._next = 0
-        self._address = socket.getaddrinfo(load.host, load.port, type=socket.SOCK_STREAM)[0]
+        self._address = _address_of(load)
         self._poll = select.epoll()
         self._open: dict[int, _Connection] = {}
         self._free: list[_Connection] = []
@@ -280,6 +286,13 @@ class _Generator:
             due = self._waiting.popleft()
             if due >= self._measured_from:
                 self._noted.statuses[_UNANSWERED[TIMED_OUT]] += 1
+
+
+def _address_of(load: Load) -> tuple[Any, ...]:
+    try:
+        return socket.getaddrinfo(load.host, load.port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"a server's host must have an address ({error})", received=load.host) from error
 
 
 def _said(status: int, body: bytes) -> str:

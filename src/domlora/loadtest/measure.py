@@ -60,7 +60,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme != "http" or urlsplit(self.url).hostname is None:
+        if not _is_address(self.url):
             raise ConfigError("a server's address must be like http://127.0.0.1:8000", received=self.url)
         least = {"seconds": 0.0, "timeout_s": 0.0, "rate": 0.0}
         for name, bound in least.items():
@@ -165,6 +165,14 @@ class _Watched:
     def _at(self, moment: float) -> float:
         time.sleep(max(moment - time.monotonic(), 0))
         return cpu_seconds(self._pid or 0)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and parts.hostname is not None and parts.port != 0
+    except ValueError:  # a port that is no number, or too large a one
+        return False
 
 
 def _load(plan: Plan, number: int, start_at: float) -> Load:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,7 +20,7 @@ from safetensors.numpy import load
 from domlora.errors import BundleError, UnknownDomainError, nearest
 from domlora.features.encode import Encoder
 from domlora.files import sha256_of
-from domlora.serving.folder import adapter_file
+from domlora.serving.folder import adapter_file, read_facts
 from domlora.serving.payload import read_payload
 from domlora.serving.program import Program
 from domlora.serving.rows.layout import Source as RowSource
@@ -70,7 +71,8 @@ class _Version:
         others: Iterable[_Version] = (),
         rows: RowSource | None = None,
     ) -> None:
-        folder, facts = store.version_folder(number), store.facts(number)
+        folder = store.version_folder(number)
+        self.facts = facts = read_facts(folder)
         self.number, self.name, self.base = number, name, facts["base"]
         self.lazy = bool(facts["layers"]) and not facts["reads_domain"]
         self.adapted = bool(facts["layers"])
@@ -215,6 +217,7 @@ class Live:
         self._held = set(versions)
         try:
             for number in sorted(self._held):
+                self._forget_replaced(number)
                 self._version(number)
         finally:
             with self._changing:
@@ -250,6 +253,7 @@ class Live:
     def _go_live(self, state: State) -> None:
         number = state.live or self._live.number
         self._retry_at = time.monotonic() + _RETRY_S
+        self._forget_replaced(number)
         fresh = self._versions.get(number) or self._opened(number, state, self._live.now.resident)
         with self._changing:
             self._versions[number] = self._live = fresh
@@ -346,6 +350,14 @@ class Live:
             return []
         idle = [domain for domain, source in resident.items() if not source.pinned and domain not in wanted]
         return sorted(idle, key=lambda domain: one.used.get(domain, -1))[:excess]
+
+    def _forget_replaced(self, number: int) -> None:
+        """Let go of a version that was dropped from the store, and in whose place there is another one now."""
+        one = self._versions.get(number)
+        with suppress(BundleError):  # one that was only dropped answers until it is let go
+            if one is not None and one is not self._live and self.store.facts(number) != one.facts:
+                with self._changing:
+                    del self._versions[number]
 
     def _forget(self) -> None:
         self._versions = {

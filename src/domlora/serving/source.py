@@ -20,16 +20,18 @@ from typing import NamedTuple, Protocol
 from domlora.errors import BundleError, DomloraError
 from domlora.files import sha256_of, told
 from domlora.serving.folder import FORMAT, MANIFEST, read_facts
+from domlora.serving.marks import mark_of
 from domlora.serving.state import STATE
 from domlora.serving.store import Store
 from domlora.serving.writing import turn
 
-__all__ = ["Follower", "Follows", "Opened", "open_store"]
+__all__ = ["FolderFollower", "Follower", "Follows", "Opened", "open_store"]
 
 _LOG = logging.getLogger("domlora.serving")
 _BUNDLE_FORMAT = 3
 _COMING, _LOCK = ".coming", "lock.follow"
 _RETRY_S, _LONG_S = 60.0, 600.0
+_SOON_S = 10.0  # a folder that is being copied here is not whole for a while
 
 
 class Follows(Protocol):
@@ -44,7 +46,7 @@ class Opened(NamedTuple):
 
     Args:
         store: the store.
-        follower: of a bundle or a shared store, brings its newer versions.
+        follower: of an exported folder, a bundle or a shared store, brings its newer versions.
     """
 
     store: Store
@@ -68,8 +70,9 @@ def open_store(path: Path, place: Path | None = None) -> Opened:
     kind = _kind(path)
     store = Store.create(place or path.with_name(f"{path.name}.store"))
     if kind == FORMAT:
-        _take_export(path, store)
-        return Opened(store, None)
+        exports = FolderFollower(path, store)
+        exports.first()
+        return Opened(store, exports)
     follower = Follower(path, store)
     follower.first()
     return Opened(store, follower)
@@ -95,22 +98,78 @@ def _kind(path: Path) -> str | int:
     )
 
 
-def _take_export(folder: Path, store: Store) -> None:
-    """Serve an exported folder, unless the store has seen it: then what it serves since stays."""
-    mark = f"export:{sha256_of(folder / MANIFEST)}"
-    with turn(store.folder / _LOCK, _LONG_S):
-        state = store.state()
-        if mark == state.followed:
-            return
-        known = [int(number) for number, origin in state.origins.items() if origin == mark]
-        number = known[0] if known else store.add_version(folder, _free(read_facts(folder)["bundle_version"], store))
-        store.set_live(number, followed=mark)
-
-
 def _free(wanted: int | None, store: Store) -> int:
     """The number wanted if no version has it, else the next one."""
     versions = store.versions()
     return wanted if wanted and wanted not in versions else max(versions, default=0) + 1
+
+
+class FolderFollower:
+    """Keeps a store at what lies in an exported folder: adds it when it is another one, and makes it live.
+
+    It acts when the folder changes, so that a version that somebody made live by hand stays until then. One process does it;
+    the others see what it did in the store.
+
+    Args:
+        folder: that ``domlora export --overwrite`` replaces.
+        store: the store that is served.
+    """
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self._folder, self._store = folder, store
+        self._seen: object = None
+        self._retry_at = 0.0
+
+    def first(self) -> None:
+        """Take over what is there, after others that are at it.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        mark = mark_of(self._folder / MANIFEST)
+        with turn(self._store.folder / _LOCK, _LONG_S):
+            self._take()
+        self._seen = mark
+
+    def step(self) -> None:
+        """Take over what is there if the folder has changed and no other process is at it.
+
+        Raises:
+            BundleError: it is damaged, or not whole yet; it is tried again after a while.
+        """
+        mark = mark_of(self._folder / MANIFEST)
+        if mark is None or mark == self._seen or time.monotonic() < self._retry_at:
+            return
+        handle = _lock(self._store)
+        if handle is None:
+            return
+        try:
+            self._retry_at = time.monotonic() + _SOON_S
+            self._take()
+            self._seen, self._retry_at = mark, 0.0
+        finally:
+            os.close(handle)
+
+    def _take(self) -> None:
+        """Serve the folder, unless the store has seen it: then what it serves since stays."""
+        mark, state = f"export:{self._digest()}", self._store.state()
+        if mark == state.followed:
+            return
+        known = [int(number) for number, origin in state.origins.items() if origin == mark]
+        number = known[0] if known else self._add()
+        self._store.set_live(number, followed=mark)
+        _LOG.info("version added", extra={"fields": {"version": number}})
+
+    def _digest(self) -> str:
+        try:
+            return sha256_of(self._folder / MANIFEST)
+        except OSError as error:
+            rule = f"an exported folder must have a readable {MANIFEST} ({error.strerror})"
+            raise BundleError(rule, received=str(self._folder)) from error
+
+    def _add(self) -> int:
+        wanted = read_facts(self._folder)["bundle_version"]
+        return self._store.add_version(self._folder, _free(wanted, self._store))
 
 
 class Follower:
@@ -206,19 +265,24 @@ class Follower:
 
     def _take_turn(self) -> bool:
         """Whether no other process follows at the moment; the system lets go when this one ends."""
-        handle = os.open(self._store.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return False
-        self._turn = handle
-        return True
+        self._turn = _lock(self._store)
+        return self._turn is not None
 
     def _leave(self) -> None:
         if self._turn is not None:
             os.close(self._turn)
         self._turn = None
+
+
+def _lock(store: Store) -> int | None:
+    """The turn to bring newer versions into a store, if it is free; it ends with the handle."""
+    handle = os.open(store.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
 
 
 class _Export:

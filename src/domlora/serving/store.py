@@ -18,10 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from domlora.abtest.registry import Registry
 from domlora.errors import BundleError, ConfigError, DataError, UnknownDomainError, nearest
 from domlora.files import new_folder, sha256_of, told
 from domlora.serving.delta import apply, made_from
 from domlora.serving.folder import MANIFEST, AdaptedLayer, read_facts, read_manifest
+from domlora.serving.marks import mark_of
 from domlora.serving.payload import Payload, read_payload
 from domlora.serving.program import Program, checked_banks
 from domlora.serving.state import STATE, Adapter, State, States, check_domain, check_label, file_of
@@ -51,7 +53,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._facts: dict[int, dict[str, Any]] = {}
+        self._facts: dict[int, tuple[object, dict[str, Any]]] = {}
         self.states = States()
 
     @classmethod
@@ -127,14 +129,16 @@ class Store:
         return folder
 
     def facts(self, number: int) -> dict[str, Any]:
-        """The manifest of a version, read once.
+        """The manifest of a version, read once; one that comes later under the same number has its own.
 
         Raises:
             BundleError: no such version, or its manifest is damaged.
         """
-        if number not in self._facts:
-            self._facts[number] = read_facts(self.version_folder(number))
-        return self._facts[number]
+        folder = self.version_folder(number)
+        mark, known = mark_of(folder / MANIFEST), self._facts.get(number)
+        if known is None or known[0] != mark:
+            self._facts[number] = known = mark, read_facts(folder)
+        return known[1]
 
     def add_version(self, exported: Path, number: int | None = None) -> int:
         """Take in an exported folder, by hard links where the disk allows it; the first one becomes the live one.
@@ -150,7 +154,9 @@ class Store:
         """
         facts = read_facts(exported)
         with self._writing("lock.versions", _LONG_S):
-            wanted = number or self._number_of(exported) or facts["bundle_version"] or self._next()
+            wanted = (
+                number or self._number_of(exported) or facts["bundle_version"] or max(self.versions(), default=0) + 1
+            )
             place = self.folder / "versions" / str(wanted)
             if place.is_dir():
                 self._check_same(place, exported, wanted)
@@ -185,19 +191,22 @@ class Store:
 
         Raises:
             BundleError: no such version.
-            ConfigError: it is the live one.
+            ConfigError: it is the live one, or a running experiment answers with it.
         """
         with self._writing():
-            if number == self.state().live:
-                raise ConfigError(
-                    "the live version must stay", received=number, next_step="Make another one live first"
-                )
+            state = self.state()
+            if number == state.live:
+                raise ConfigError("the live version must stay", received=number, next_step="Make another live first")
+            if names := Registry.open(self.folder / "experiments").answering_with(number):
+                stop = f"Stop it first: domlora ab stop {self.folder} {names[0]}"
+                raise ConfigError("a running experiment's version must stay", received=number, next_step=stop)
             place = self.version_folder(number)
             gone = place.with_name(f".{number}.removed")
             shutil.rmtree(gone, ignore_errors=True)
             place.rename(gone)
+            if str(number) in state.origins:
+                self._put(replace(state, origins={n: mark for n, mark in state.origins.items() if n != str(number)}))
         shutil.rmtree(gone, ignore_errors=True)
-        self._facts.pop(number, None)
 
     def set_live(self, number: int, *, followed: str | None = None) -> None:
         """Let a version answer from now on, after every file of it was checked.
@@ -346,11 +355,8 @@ class Store:
     def _take_in(self, state: State, adapter: Adapter, content: bytes) -> None:
         before = state.adapters.get(adapter.domain)
         if before is not None and before.version == adapter.version and before.sha256 != adapter.sha256:
-            raise BundleError(
-                "a version of an adapter must not change, and another one of this domain is called so",
-                received=adapter.version,
-                next_step="Push it with another version",
-            )
+            rule = "a version of an adapter must not change, and another one of this domain is called so"
+            raise BundleError(rule, received=adapter.version, next_step="Push it with another version")
         if before == adapter and adapter.domain not in state.removed:
             return
         if before is None or before.file != adapter.file or not (self.folder / adapter.file).is_file():
@@ -375,16 +381,10 @@ class Store:
         same = (n for n in self.versions() if sha256_of(self.folder / "versions" / str(n) / MANIFEST) == digest)
         return next(same, None)
 
-    def _next(self) -> int:
-        return max(self.versions(), default=0) + 1
-
     def _check_same(self, place: Path, exported: Path, number: int) -> None:
         if sha256_of(place / MANIFEST) != sha256_of(exported / MANIFEST):
-            raise BundleError(
-                "a version in a store must not change, and the store has another one of this number",
-                received=number,
-                next_step="Give it another number",
-            )
+            rule = "a version in a store must not change, and the store has another one of this number"
+            raise BundleError(rule, received=number, next_step="Give it another number")
 
     def _sweep(self) -> None:
         """Remove files of adapters that nobody refers to any more. A process that still reads one keeps it open."""

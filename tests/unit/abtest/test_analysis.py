@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from domlora.abtest.aggregate import Log, columns_of, log_of, over_units
+from domlora.abtest.aggregate import Log, Sums, columns_of, log_of, over_units
 from domlora.abtest.analysis import analyze
 from domlora.abtest.experiments import Arm, Experiment, Guardrail
 from domlora.abtest.power import needed
@@ -239,6 +239,15 @@ def test_units_in_two_arms_and_held_out_ones_are_left_out(tmp_path: Path) -> Non
     assert sum(found.sample_ratio.units.values()) == seen - 2
 
 
+def test_units_that_are_all_held_out(tmp_path: Path) -> None:
+    rows = make_rows(num_units=50, seed=7)
+    found = analyze(running(), write_log(tmp_path, rows._replace(arm=np.where(rows.arm == "", "", "holdout"))))
+    assert (found.domains, sum(found.sample_ratio.units.values()), found.sample_ratio.crossed) == ((), 0, 0)
+    assert found.sample_ratio.held_out == len(np.unique(rows.unit[rows.arm != ""]))
+    assert found.decision.verdict == "not enough data yet"
+    assert found.to_markdown().startswith("# wide: not enough data yet")
+
+
 def _small(feedback: list[tuple[Any, ...]]) -> Log:
     connection = duckdb.connect()
     connection.execute("CREATE TABLE exposures (time_s DOUBLE, request_id VARCHAR, row INT, unit VARCHAR, domain VARCHAR, "
@@ -280,6 +289,37 @@ def test_feedback_finds_its_row(feedback: list[tuple[Any, ...]], told: tuple[flo
     assert (shown, payers) == (4, min(told[1], 1))
 
 
+def test_a_request_that_came_twice_counts_once(rows: Rows, tmp_path: Path) -> None:
+    """Every third one again, a second later and before: as sums, by domain, by look, and in what a plan reads."""
+    again = rows._replace(time_s=rows.time_s + 1.0)
+    places = tmp_path / "once", tmp_path / "twice"
+    for place in places:
+        write_log(place, rows)
+    folder = write_log(tmp_path / "more", again) / "exposures"
+    table = pq.read_table(next(folder.iterdir()))
+    pq.write_table(table.take(np.arange(0, len(table), 3)), places[1] / "exposures" / "9-a-0.L0.parquet")
+    once, twice = (_sums(place) for place in places)
+    assert once.crossed == twice.crossed == 0
+    for one, other in ((once.overall, twice.overall), (once.by_domain, twice.by_domain), (once.by_look, twice.by_look)):
+        assert one.keys() == other.keys()
+        assert all(np.allclose(one[key], other[key]) for key in one)
+    assert needed(places[1], effect=0.05).days == pytest.approx(needed(places[0], effect=0.05).days, rel=1e-3)
+
+
+def _sums(place: Path) -> Sums:
+    with log_of(place) as opened:
+        return over_units(opened, running(cuped_s=14 * DAY))
+
+
+def test_the_first_answer_counts_where_two_have_one_id() -> None:
+    log = _small([(60.0, "r1", 1, None, "click", 1.0)])
+    log.connection.execute("INSERT INTO exposures VALUES (50.0, 'r1', 1, 'bob', 'toys', 'wide', 'wide')")
+    sums = over_units(log, running(started_s=0.0))
+    assert sums.overall["now"][0][1:3].tolist() == [4.0, 1.0]
+    assert sums.overall["wide"][0][1:3].tolist() == [2.0, 0.0]
+    assert sums.crossed == 0
+
+
 def test_until_and_stop_bound_what_is_seen(log: Path) -> None:
     early = analyze(running(effect=0.5), log, until_s=17 * DAY)
     stopped = analyze(running(effect=0.5, status="stopped", stopped_s=17 * DAY), log)
@@ -309,6 +349,15 @@ def test_what_cannot_be_analyzed(log: Path, tmp_path: Path) -> None:
         analyze(running("deep"), log)
     with pytest.raises(DataError, match="must have been started"):
         analyze(Experiment("wide", (Arm("now"), Arm("wide"))), log)
+
+
+def test_a_damaged_segment_costs_its_rows_alone(rows: Rows, log: Path, tmp_path: Path) -> None:
+    write_log(tmp_path, rows)
+    for kind in ("exposures", "feedback"):
+        (tmp_path / kind / "9-a-0.L0.parquet").write_bytes(b"PAR1")
+    found, whole = (analyze(running(), place) for place in (tmp_path, log))
+    assert found.totals == {arm: pytest.approx(sums) for arm, sums in whole.totals.items()}
+    assert needed(tmp_path, effect=0.05).units == pytest.approx(needed(log, effect=0.05).units, rel=1e-6)
 
 
 def test_needed_days_follow_the_log(log: Path) -> None:

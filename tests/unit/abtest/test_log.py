@@ -24,7 +24,7 @@ from domlora.abtest.assignment import Assignment
 from domlora.abtest.experiments import Arm
 from domlora.abtest.log import EventLog, Exposure, Feedback
 from domlora.abtest.observed import Observer
-from domlora.abtest.segments import EXPOSURES, FEEDBACK, SegmentFiles, compact, reading, retain, segments
+from domlora.abtest.segments import EXPOSURES, FEEDBACK, SegmentFiles, compact, reading, retain, segments, whole_ones
 from domlora.errors import ConfigError, DataError
 
 WIDE = Assignment("wide", Arm("b"))
@@ -212,6 +212,41 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     assert len(all_of(tmp_path)) == 8000
 
 
+def broken(place: Path, how: str) -> str:
+    """A segment as a power cut leaves it; its name."""
+    path = sorted(place.glob("*.parquet"))[7]
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "short": content[: len(content) // 2], "zeros": bytes(len(content))}[how])
+    return path.name
+
+
+@pytest.mark.parametrize("how", ["empty", "short", "zeros"])
+def test_a_damaged_segment_is_set_aside_and_the_others_are_merged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    before = len(fill(tmp_path, 61))
+    name = broken(tmp_path / "exposures", how)
+    with reading(tmp_path) as found, caplog.at_level(logging.WARNING):
+        assert len(whole_ones(found["exposures"])) == 60
+    assert [record.getMessage() for record in caplog.records] == [f"1 damaged segments of the log are left out: {name}"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert [compact(tmp_path, settle_s=0.0) for _ in range(3)] == [0, 1, 0]
+    assert [record.getMessage() for record in caplog.records] == ["segment damaged"]
+    assert len(all_of(tmp_path)) == before - 4
+    assert (tmp_path / "exposures" / f"{name}.damaged").exists()
+    assert retain(tmp_path, days=0.0) == 2
+    assert not list((tmp_path / "exposures").glob("*.*"))
+
+
+def test_old_segments_go_also_where_merging_fails(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    log = EventLog(tmp_path, flush_s=0.01, tidy_s=0.0, keep_days=0.0)
+    with mock.patch("domlora.abtest.log.compact", side_effect=OSError("full")):
+        wait_until(lambda: not segments(tmp_path, "exposures"))
+    log.close()
+
+
 WRITER = """
 import sys, time, numpy as np
 from pathlib import Path
@@ -338,6 +373,18 @@ def test_only_rows_that_were_seen_count_where_that_is_told() -> None:
     observer.saw("feedback", [Feedback("r1", 6, "click", 0.0, 1.0)])
     observer.tell(11.0)
     assert sums == [("toys", 0.875, 1.0, 3)]
+
+
+def test_a_request_that_is_sent_again_is_judged_once() -> None:
+    sums: list[Any] = []
+    observer = Observer(told_to(sums), window_s=10.0)
+    first, part = Exposure("r1", 0.0, "u", "toys", (), "1", "1", some(1)), np.array([0.25], np.float32)
+    observer.saw("exposures", [first, first._replace(time_s=1.0)])
+    parts = [Exposure("r2", 2.0, "u", name, (), "1", "1", part, None, np.array([row])) for row, name in enumerate("ab")]
+    observer.saw("exposures", parts)
+    observer.saw("feedback", [Feedback("r1", 0, "click", 1.0, 1.0)])
+    observer.tell(20.0)
+    assert [each[0::2] + each[3:] for each in sums] == [("toys", 1.0, 4), ("a", 0.0, 1), ("b", 0.0, 1)]
 
 
 def test_memory_is_bounded() -> None:

@@ -13,6 +13,7 @@ import pytest
 from domlora.abtest.experiments import Arm, Experiment, Guardrail
 from domlora.abtest.registry import Registry
 from domlora.errors import ConfigError, DataError
+from domlora.features.schema import Feature, Schema
 
 ARMS = (Arm("now"), Arm("wide", version=2))
 
@@ -93,6 +94,24 @@ def test_an_arm_names_a_version_of_the_store(registry: Registry) -> None:
         registry.start("wide")
     (registry.folder.parent / "versions" / "2").mkdir()
     registry.start("wide")
+
+
+def test_an_arms_version_reads_the_columns_of_the_live_one(registry: Registry) -> None:
+    store = registry.folder.parent
+    for number, names in enumerate((("item", "age"), ("age", "item"), ("item", "city")), 1):
+        (store / "versions" / str(number)).mkdir(parents=True)
+        schema = Schema(tuple(Feature(name, num_ids=5) for name in names), domains=("toys",))
+        (store / "versions" / str(number) / "schema.json").write_text(schema.to_json())
+    (store / "state.json").write_text('{"live": 1}')
+    registry.create(draft("other", arms=(Arm("now"), Arm("city", version=3))))
+    with pytest.raises(ConfigError, match=r"version 3, which lacks \['age'\] and adds \['city'\]"):
+        registry.start("other")
+    begun(registry, "same")
+    assert registry.answering_with(2) == ["same"]
+    assert registry.answering_with(3) == []
+    (store / "versions" / "3" / "schema.json").write_text("{")
+    with pytest.raises(DataError, match="whole schema"):
+        registry.start("other")
 
 
 def test_changed_sees_every_change_once(registry: Registry) -> None:

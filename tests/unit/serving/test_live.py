@@ -235,6 +235,24 @@ def test_versions_of_experiments_stay_in_memory(served, next_day):
         live.of(7)
 
 
+def test_a_number_that_is_used_again_is_opened_again(served, adapted, next_day):
+    """This process read version 2, which was dropped; another one has its number, and answers with what is its own."""
+    served.store.add_version(adapted.folder, 2)
+    live = Live(served.store, name="m")
+    live.hold({2})
+    elsewhere = Store.open(served.store.folder)
+    elsewhere.drop_version(2)
+    live.hold({2})
+    assert "tv" not in live.known(2)
+    elsewhere.add_version(next_day.folder, 2)
+    live.hold({2})
+    assert "tv" in live.ensure("tv", 2).adapters
+    assert live.of(2).encoder.schema.num_domains == 4
+    elsewhere.set_live(2)
+    live.refresh()
+    assert live.known().keys() == {"app", "web", "mail", "tv"}
+
+
 def test_a_damaged_version_does_not_become_live_here(served, next_day):
     """It was whole when it was made live, and is not when this process reads it."""
     live = Live(served.store, name="m")

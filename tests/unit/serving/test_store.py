@@ -13,15 +13,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from domlora.abtest.experiments import Arm, Experiment
+from domlora.abtest.registry import Registry
 from domlora.bundle import set_default
 from domlora.bundle.records import _FORMAT
 from domlora.errors import BundleError, ConfigError, DataError, DomloraError, UnknownDomainError
 from domlora.serving import source
-from domlora.serving.folder import MANIFEST, TABLES
+from domlora.serving.folder import MANIFEST, TABLES, read_facts
 from domlora.serving.live import Live
 from domlora.serving.pack import adapter_payload
 from domlora.serving.payload import read_payload
-from domlora.serving.source import open_store
+from domlora.serving.source import FolderFollower, open_store
 from domlora.serving.state import STATE, State
 from domlora.serving.store import Store
 from domlora.serving.writing import turn
@@ -194,6 +196,28 @@ def test_versions_are_added_made_live_and_dropped(served, next_day):
     assert Live(store, name="m").current.version == "2"
 
 
+def test_a_version_that_an_experiment_answers_with_stays(served, next_day):
+    store = served.store
+    store.add_version(next_day.folder)
+    registry = Registry.open(store.folder / "experiments")
+    registry.create(Experiment("wide", (Arm("now"), Arm("new", version=2))))
+    registry.start("wide")
+    with pytest.raises(ConfigError, match=r"experiment's version must stay.*ab stop .* wide"):
+        store.drop_version(2)
+    registry.stop("wide")
+    store.drop_version(2)
+    assert store.versions() == [1]
+
+
+def test_a_number_that_is_used_again_has_the_facts_of_what_is_there(served, adapted, next_day):
+    reader = Store.open(served.store.folder)
+    served.store.add_version(adapted.folder, 2)
+    assert reader.facts(2) == reader.facts(1)
+    served.store.drop_version(2)
+    served.store.add_version(next_day.folder, 2)
+    assert reader.facts(2) == read_facts(next_day.folder)
+
+
 def test_a_version_never_changes(served, adapted, next_day):
     assert served.store.add_version(adapted.folder, 1) == 1
     with pytest.raises(BundleError, match="another one of this number"):
@@ -304,7 +328,8 @@ def test_an_exported_folder_is_served_from_a_store_beside_it(adapted, next_day, 
     place = tmp_path / "program"
     shutil.copytree(adapted.folder, place)
     store, follower = open_store(place)
-    assert (store.folder.name, store.versions(), store.state().live, follower) == ("program.store", [1], 1, None)
+    assert (store.folder.name, store.versions(), store.state().live) == ("program.store", [1], 1)
+    assert isinstance(follower, FolderFollower)
     assert os.stat(place / TABLES).st_ino == os.stat(store.version_folder(1) / TABLES).st_ino
     shutil.rmtree(place)
     shutil.copytree(next_day.folder, place)
@@ -312,6 +337,62 @@ def test_an_exported_folder_is_served_from_a_store_beside_it(adapted, next_day, 
     store.set_live(1)
     assert open_store(place).store.state().live == 1  # what somebody chose since stays
     assert open_store(store.folder).store.state().live == 1
+
+
+def test_a_changed_exported_folder_is_served_a_moment_later(adapted, next_day, tmp_path):
+    """By all processes, of which one takes it over; and not again after somebody chose another version."""
+    place = tmp_path / "program"
+    shutil.copytree(adapted.folder, place)
+    one, other = (opened(place) for _ in range(2))
+    shutil.rmtree(place)
+    assert not one.refresh()  # nothing is there for a moment
+    shutil.copytree(next_day.folder, place)
+    with turn(one.store.folder / "lock.follow", 1):
+        one.refresh()
+        assert one.store.state().live == 1
+    assert [one.refresh(), one.refresh(), other.refresh()] == [False, True, True]
+    assert (one.current.version, other.current.version, one.store.versions()) == ("2", "2", [1, 2])
+    one.store.set_live(1)
+    again = opened(place)
+    for live in (one, other, again, one):
+        live.refresh()
+    assert [live.current.version for live in (one, other, again)] == ["1", "1", "1"]
+
+
+def test_an_exported_folder_that_is_not_whole_is_tried_again(adapted, next_day, tmp_path, monkeypatch):
+    place = tmp_path / "program"
+    shutil.copytree(adapted.folder, place)
+    live = opened(place)
+    shutil.copytree(next_day.folder, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("vocab*"))
+    with pytest.raises(BundleError, match=r"vocabularies\.json"):
+        live.refresh()
+    live.refresh()  # not at once: the same folder is read whole each time
+    shutil.copy(next_day.folder / "vocabularies.json", place)
+    monkeypatch.setattr(source, "_SOON_S", 0.0)
+    monkeypatch.setattr(live._follower, "_retry_at", 0.0)
+    live.refresh()
+    assert live.refresh()
+    assert live.current.version == "2"
+
+
+def test_a_dropped_version_may_come_again(adapted, next_day, tmp_path):
+    place = tmp_path / "program"
+    shutil.copytree(adapted.folder, place)
+    store = open_store(place).store
+    store.add_version(next_day.folder, 2)
+    store.set_live(2)
+    store.drop_version(1)
+    shutil.rmtree(place)
+    shutil.copytree(next_day.folder, place)
+    assert open_store(place).store.state().live == 3
+    shutil.rmtree(place)
+    shutil.copytree(adapted.folder, place)
+    assert open_store(place).store.state().live == 4  # and not what it was when it came first
+
+
+def opened(place):
+    store, follower = open_store(place)
+    return Live(store, name="m", follower=follower)
 
 
 def test_what_is_none_of_the_three_is_refused(tmp_path):

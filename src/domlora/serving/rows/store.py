@@ -22,6 +22,7 @@ __all__ = ["Counts", "RowStore"]
 _LOG = logging.getLogger("domlora.serving")
 _PAUSE_S = 0.5  # a store that did not answer is left alone for so long: requests must not all wait for it
 _RETRY_S = 5.0  # where rows lie is looked up so often at most
+_IDLE_S = 3600.0  # where the rows of a table lie is forgotten when nobody has asked for so long
 _AT_ONCE = 4096  # rows of one question: the store answers nobody else meanwhile
 _NUMBER = (1 << NUMBER_BITS) - 1
 
@@ -75,6 +76,7 @@ class RowStore:
         self._cache = Cache(cache_bytes)
         self._chains: dict[str, Chain] = {}
         self._read_at: dict[str, float] = {}
+        self._used_at: dict[str, float] = {}
         self._pushes: list[bytes] = []  # prefixes of keys, by the number of a level
         self._lock, self._quiet_until = threading.Lock(), 0.0
         self._counts, self._seconds = Counter[str](), deque[float](maxlen=10_000)
@@ -155,13 +157,22 @@ class RowStore:
             self._cache.put(fresh)
 
     def _chain(self, table: RemoteTable) -> Chain:
-        """Where the rows of a table lie; read once."""
+        """Where the rows of a table lie; read once, and again where it was forgotten."""
+        self._used_at[table.sha256] = time.monotonic()
         chain = self._chains.get(table.sha256)
         if chain is None:
             self._check_quiet()
             chain = self._chains[table.sha256] = Chain(list(self._levels(table)))
             self._read_at[table.sha256] = time.monotonic()
+            self._forget()
         return chain
+
+    def _forget(self) -> None:
+        """Let go of tables of versions that nobody is answered with any more: each day's update brings new ones."""
+        idle = time.monotonic() - _IDLE_S
+        for sha256 in [each for each, used in self._used_at.copy().items() if used < idle]:
+            for known in (self._used_at, self._read_at, self._chains):
+                known.pop(sha256, None)
 
     def _levels(self, table: RemoteTable) -> Iterator[Level]:
         sha256: str | None = table.sha256

@@ -20,7 +20,7 @@ from domlora.serving.program import Program
 from domlora.serving.rows.cut import cut
 from domlora.serving.rows.folder import RowsFolder
 from domlora.serving.rows.keys import keys_of
-from domlora.serving.rows.layout import RowsMissingError
+from domlora.serving.rows.layout import RemoteTable, RowsMissingError
 from domlora.serving.rows.push import push
 from domlora.serving.rows.store import RowStore
 from domlora.serving.store import Store
@@ -204,3 +204,21 @@ def test_weights_that_are_read_together_are_one_table(bundle_of: Callable[..., A
     both = [bundle.model.embedding.weight, bundle.model.linear.table.weight]
     np.testing.assert_array_equal(made[0].rows(slice(3, 9)), np.hstack([each.detach().numpy()[3:9] for each in both]))
     assert cut(graph, tmp_path, from_bytes=1 << 30) == []
+
+
+def test_where_rows_lie_is_forgotten_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("redis")
+    clock = [0.0]
+    monkeypatch.setattr("domlora.serving.rows.store.time.monotonic", lambda: clock[0])
+    rows = RowStore("unix:///no/such/socket", timeout_s=TIMEOUT_S)
+    read: list[str] = []
+    monkeypatch.setattr(rows, "_levels", lambda table: read.append(table.sha256) or [])
+    tables = {day: RemoteTable("item", 4, {"item": 2}, ["at"], day) for day in ("mon", "tue", "wed")}
+    for clock[0], day in ((0.0, "mon"), (1000.0, "tue"), (3000.0, "mon"), (5000.0, "wed")):
+        rows.check([tables[day]])
+    assert read == ["mon", "tue", "wed"]
+    rows.check([tables["mon"], tables["wed"]])
+    assert read == ["mon", "tue", "wed"], "it was asked for since"
+    rows.check([tables["tue"]])
+    assert read == ["mon", "tue", "wed", "tue"], "it was not, and is read again"
+    assert rows._chains.keys() == {"mon", "wed", "tue"}
