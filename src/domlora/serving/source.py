@@ -5,7 +5,6 @@ Needs no torch: a bundle is exported by a process of its own.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from domlora.serving.folder import FORMAT, MANIFEST, read_facts
 from domlora.serving.marks import mark_of
 from domlora.serving.state import STATE
 from domlora.serving.store import Store
-from domlora.serving.writing import turn
+from domlora.serving.writing import hold, turn
 
 __all__ = ["FolderFollower", "Follower", "Follows", "Opened", "open_store"]
 
@@ -140,7 +139,7 @@ class FolderFollower:
         mark = mark_of(self._folder / MANIFEST)
         if mark is None or mark == self._seen or time.monotonic() < self._retry_at:
             return
-        handle = _lock(self._store)
+        handle = hold(self._store.folder / _LOCK)
         if handle is None:
             return
         try:
@@ -265,24 +264,13 @@ class Follower:
 
     def _take_turn(self) -> bool:
         """Whether no other process follows at the moment; the system lets go when this one ends."""
-        self._turn = _lock(self._store)
+        self._turn = hold(self._store.folder / _LOCK)
         return self._turn is not None
 
     def _leave(self) -> None:
         if self._turn is not None:
             os.close(self._turn)
         self._turn = None
-
-
-def _lock(store: Store) -> int | None:
-    """The turn to bring newer versions into a store, if it is free; it ends with the handle."""
-    handle = os.open(store.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
 
 
 class _Export:

@@ -13,9 +13,18 @@ from pathlib import Path
 from domlora.errors import BundleError
 from domlora.files import sync_one, told
 
-__all__ = ["link_all", "link_one", "turn", "write_whole"]
+__all__ = ["hold", "link_all", "link_one", "turn", "write_whole"]
 
 _PAUSE_S = 0.002
+
+
+def hold(lock: Path) -> int | None:
+    """The handle of a lock that one process of the machine holds until it closes it or ends; None if another one does."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if _had(handle):
+        return handle
+    os.close(handle)
+    return None
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from domlora.serving.shared.place import Place
 from domlora.serving.shared.publishing import COPY, remember, remembered
 from domlora.serving.shared.record import Record
 from domlora.serving.store import Store
-from domlora.serving.writing import turn
+from domlora.serving.writing import hold, turn
 
 __all__ = ["Mirror"]
 
@@ -87,7 +85,7 @@ class Mirror:
             return
         self._look_at = now + self._look_s
         if self._leads is None:
-            self._leads = _had(self._store)
+            self._leads = hold(self._store.folder / _LEADING)
         if self._leads is not None:
             self._thread = threading.Thread(target=self._look, name="mirror", daemon=True)
             self._thread.start()
@@ -173,14 +171,3 @@ def _mark(store: Store) -> None:
             next_step="Pass a new folder as --bundle",
         )
     mark.touch()
-
-
-def _had(store: Store) -> int | None:
-    """A lock that one process of the machine holds as long as it lives; None if another one does."""
-    handle = os.open(store.folder / _LEADING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
