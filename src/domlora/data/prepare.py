@@ -31,7 +31,7 @@ from domlora.data.preparing.negatives import sampled
 from domlora.data.preparing.quarantine import NUMBER, Quarantine
 from domlora.data.preparing.shuffle import ORDER_COLUMN, Piles
 from domlora.data.preparing.split import with_split
-from domlora.data.preparing.vectors import write_vectors
+from domlora.data.preparing.vectors import check_vectors, write_vectors
 from domlora.data.preparing.workers import write_on_workers
 from domlora.data.raw import RawTable
 from domlora.data.readers import open_log
@@ -89,6 +89,7 @@ def prepare(
     with new_folder(Path(out), overwrite=overwrite) as fresh, open_engine(engine, fresh.parent) as opened:
         step("read")
         raw = _raw(opened, plan, folder, progress)
+        check_vectors(plan, raw.folder)
         return _Preparation(opened, raw, plan, fresh, known, step, progress).run()
 
 

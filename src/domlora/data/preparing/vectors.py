@@ -19,9 +19,24 @@ from domlora.features.encode import Encoder
 from domlora.features.schema import FIRST_ID
 from domlora.features.text import canonical_text
 
-__all__ = ["write_vectors"]
+__all__ = ["check_vectors", "write_vectors"]
 
 Vector = NDArray[np.float32]
+
+
+def check_vectors(plan: Plan, folder: Path) -> None:
+    """Whether the files of vectors are there, before hours go into the rows.
+
+    Raises:
+        DataError: one is missing.
+    """
+    for name, spec in plan.features.items():
+        if spec.vectors is not None and not (folder / spec.vectors).is_file():
+            raise DataError(
+                "a file of vectors is missing",
+                received=str(folder / spec.vectors),
+                next_step=f"Check features.{name}.vectors",
+            )
 
 
 def write_vectors(plan: Plan, encoder: Encoder, folder: Path, out: Path, work: Path) -> dict[str, dict[str, Any]]:
@@ -40,7 +55,7 @@ def write_vectors(plan: Plan, encoder: Encoder, folder: Path, out: Path, work: P
         By feature the width, whether the vectors are learned on, and how many words have none.
 
     Raises:
-        DataError: a file is missing or holds something else, or no word has a vector.
+        DataError: a file holds something else, or no word has a vector.
     """
     found = {}
     for name, spec in plan.features.items():
@@ -79,8 +94,6 @@ def _matrix(path: Path, name: str, words: dict[str, int], work: Path) -> tuple[V
 
 def _read(path: Path, work: Path) -> Iterator[tuple[Any, Vector]]:
     """Values and vectors of a file, a batch at a time."""
-    if not path.is_file():
-        raise DataError("a file of vectors is missing", received=str(path), next_step="Check features.NAME.vectors")
     files = [path] if path.suffix == ".parquet" else delimited_to_parquet([path], work).paths
     try:
         for file in files:

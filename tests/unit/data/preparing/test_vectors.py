@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +107,8 @@ def test_files_that_are_refused(vectors: dict[str, Any], message: str, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_before_the_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("domlora.data.prepare._Preparation.run", mock.Mock(side_effect=AssertionError))
     with pytest.raises(DataError, match=r"missing.*nowhere\.csv"):
         prepared(tmp_path, "nowhere.csv")
 
