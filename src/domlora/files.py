@@ -18,7 +18,7 @@ from pathlib import Path
 
 from domlora.errors import DataError, DomloraError
 
-__all__ = ["allow_open_files", "new_folder", "only_one", "sha256_of", "sync", "sync_one", "told"]
+__all__ = ["allow_open_files", "new_folder", "only_one", "put_file", "sha256_of", "sync", "sync_one", "told"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = (*_FULL, errno.EROFS)
@@ -218,6 +218,27 @@ def _put(fresh: Path, out: Path, old: Path) -> None:
             old.rename(out)
         raise
     sync_one(out.parent)
+
+
+def put_file(place: Path, content: bytes, fresh: Path) -> None:
+    """Put a file in place by one rename, when it is on disk.
+
+    Args:
+        fresh: in the same folder, where it is written first; never there afterwards.
+
+    Raises:
+        DataError: the disk is full, or cannot be written; what was there is as it was.
+    """
+    with told(place):
+        try:
+            with fresh.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(place)
+        finally:
+            fresh.unlink(missing_ok=True)
+        sync_one(place.parent)
 
 
 def sync(folder: Path) -> None:

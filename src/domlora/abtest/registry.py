@@ -14,7 +14,7 @@ from typing import Self
 from domlora.abtest.experiments import Experiment
 from domlora.errors import ConfigError, DataError, SchemaError, nearest
 from domlora.features.schema import Schema
-from domlora.files import sync_one, told
+from domlora.files import put_file, told
 
 __all__ = ["Registry"]
 
@@ -178,17 +178,7 @@ class Registry:
 
     def _write(self, experiment: Experiment) -> Experiment:
         place = self.folder / f"{experiment.name}.json"
-        fresh = self.folder / f".{experiment.name}.new"
-        with told(place):
-            try:
-                with fresh.open("wb") as file:
-                    file.write(experiment.to_json().encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                fresh.replace(place)
-            finally:
-                fresh.unlink(missing_ok=True)
-            sync_one(self.folder)
+        put_file(place, experiment.to_json().encode(), self.folder / f".{experiment.name}.new")
         return experiment
 
     @contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from domlora.errors import BundleError
-from domlora.files import sync_one, told
+from domlora.files import put_file, told
 
 __all__ = ["hold", "link_all", "link_one", "turn", "write_whole"]
 
@@ -58,17 +58,7 @@ def write_whole(place: Path, content: bytes) -> None:
     Raises:
         DataError: the disk is full, or cannot be written; what was there is as it was.
     """
-    fresh = place.with_name(f".{place.name[:100]}.new")
-    with told(place):
-        try:
-            with fresh.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(place)
-        finally:
-            fresh.unlink(missing_ok=True)
-        sync_one(place.parent)
+    put_file(place, content, place.with_name(f".{place.name[:100]}.new"))
 
 
 def link_all(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from domlora.files import told
+from domlora.files import put_file, told
 from domlora.studies.reporting.arms import Arms, arms_of
 from domlora.studies.reporting.cells import Line
 from domlora.studies.reporting.findings import families, findings
@@ -104,14 +104,6 @@ def _said(dataset: DatasetTable) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Replace a file by another, whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with fresh.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+    put_file(path, text.encode(), path.with_name(f".{path.name}.{os.getpid()}.tmp"))

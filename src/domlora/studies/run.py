@@ -118,8 +118,8 @@ def _prepared(name: str, spec: DatasetSpec, folder: Path, raw: Path | None) -> D
     if spec.source is None:
         return spec
     plan = load_plan(spec.source, spec.settings)
-    told = [asdict(plan)] if plan.source.name is None else []  # a file of one's own may have changed since
-    out = folder / "data" / f"{name}-{digest([spec.source, list(spec.settings), *told])}"
+    own = [asdict(plan)] if plan.source.name is None else []  # a file of one's own may have changed since
+    out = folder / "data" / f"{name}-{digest([spec.source, list(spec.settings), *own])}"
     if not out.exists():
         prepare(plan, out, folder=raw if plan.source.name is not None else Path(spec.source).parent)
     return replace(spec, source=None, settings=(), folder=str(out))
@@ -170,10 +170,10 @@ def _planned(tasks: Sequence[_Task]) -> dict[str, Any]:
     """What the study asks for now: seeds, and the options of each model's arms, by dataset."""
     found: dict[str, Any] = {}
     for task in tasks:
-        told = found.setdefault(task.dataset, {"seeds": [], "arms": []})
+        asked = found.setdefault(task.dataset, {"seeds": [], "arms": []})
         arms = [[task.model, arm.name, digest(what_matters(arm.config, arm.kind))] for arm in task.arms]
-        told["seeds"] += [task.seed] if task.seed not in told["seeds"] else []
-        told["arms"] += [arm for arm in arms if arm not in told["arms"]]
+        asked["seeds"] += [task.seed] if task.seed not in asked["seeds"] else []
+        asked["arms"] += [arm for arm in arms if arm not in asked["arms"]]
     return found
 
 

@@ -116,10 +116,12 @@ def check_item_columns(clicks: Any, plan: Plan) -> None:
     """
     columns = plan.columns
     read = {source for name, spec in plan.features.items() for source in spec.sources(name)}
+    rows, items = size(clicks), size(clicks.select(columns.item).distinct())
+    if 2 * items >= rows:  # most items have one row, and so one value of everything
+        return
     for name in sorted(read - {columns.item, columns.user, *columns.item_columns, *columns.domains}):
-        items, values = (size(clicks.select(each).distinct()) for each in (columns.item, name))
-        one_each = size(clicks.select(columns.item, name).distinct()) == items
-        if one_each and values > 1 and 2 * items < size(clicks):
+        values, pairs = (size(clicks.select(*names).distinct()) for names in ((name,), (columns.item, name)))
+        if pairs == items and values > 1:
             raise ConfigError(
                 "a column that has one value for each item must go with the item that is drawn, or it tells the label",
                 received=name,
