@@ -114,8 +114,9 @@ def test_study_resumes_and_reports(raw: Path, tmp_path: Path, capsys: pytest.Cap
     domlora(*words)
     first = (tmp_path / "runs" / "results.jsonl").read_bytes()
     assert first.count(b"\n") == 4  # two seeds, base and two_stage
-    domlora(*words)
+    domlora(*words, "--dataset", "small")
     assert (tmp_path / "runs" / "results.jsonl").read_bytes() == first
+    assert "--dataset small" in (tmp_path / "runs" / "study.json").read_text(encoding="utf-8")
     domlora("report", tmp_path / "runs", "--out", tmp_path / "report.html", "--csv", tmp_path / "small.csv")
     assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")
     head = (tmp_path / "small.csv").read_text(encoding="utf-8").splitlines()[0]

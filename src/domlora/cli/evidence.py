@@ -25,6 +25,9 @@ def study(
         int, typer.Option(help="Processes that train at the same time, also on one GPU; 0 for one a core.")
     ] = 0,
     raw: Raw = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", metavar="NAME", help="Run it on this dataset alone; repeatable.")
+    ] = None,
     device: Device = "",
     settings: Settings = None,
 ) -> None:
@@ -39,9 +42,10 @@ def study(
     from domlora.studies.study import Study
 
     plan = parse(Study, with_settings(read_toml(config), settings or ()))
-    plan = replace(plan, device=device or plan.device)
+    plan = replace(plan.only(dataset or plan.datasets), device=device or plan.device)
     folder = out or Path("runs") / plan.name
-    given = [*([f"--raw {raw}"] if raw else []), *(f"--set '{setting}'" for setting in settings or ())]
+    given = [f"--raw {raw}"] if raw else []
+    given += [f"--dataset {name}" for name in dataset or ()] + [f"--set '{setting}'" for setting in settings or ()]
     command = " ".join(["domlora study", config.as_posix(), *given])
     jobs = jobs or os.cpu_count() or 1
     results = run_study(plan, folder, raw=raw, jobs=jobs, command=command, on_result=print_line, on_found=_print_found)

@@ -57,7 +57,7 @@ class Arm:
         method: a key of ``METHODS``.
         config: its options, on top of all others.
         title: what the report calls it.
-        models: which of the study's models it is run on; none means all.
+        models: which models it is run on, as far as the study has them; none means all.
         tuned_as: another arm whose tuned options it takes, below its own, instead of a search for itself.
     """
 
@@ -128,7 +128,7 @@ class Study:
             if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
                 raise ConfigError("a study needs seeds of at least 0 that differ", received=list(seeds))
         _check_names("model", self.models, MODELS)
-        _check_names("overrides of a model", self.overrides, self.models)
+        _check_names("overrides of a model", self.overrides, MODELS)
         self._check_arms()
         _check_names("method", self.methods, [*METHODS, *self.arms])
         self._check_selections()
@@ -139,6 +139,16 @@ class Study:
                     self.config_of(dataset, model, arm)
         if self.search is not None:
             self._check_search(self.search)
+
+    def only(self, datasets: Iterable[str]) -> Study:
+        """The same study on some of its datasets.
+
+        Raises:
+            ConfigError: one that it does not have.
+        """
+        names = tuple(datasets)
+        _check_names("dataset", names, self.datasets)
+        return replace(self, datasets={name: spec for name, spec in self.datasets.items() if name in names})
 
     def arm(self, name: str) -> Arm:
         """An arm by its name; a method is an arm without options of its own."""
@@ -206,7 +216,7 @@ class Study:
                 )
                 raise ConfigError(rule, received=name)
             _check_names(f"method of arm {name!r}", [arm.method], METHODS)
-            _check_names(f"model of arm {name!r}", arm.models, self.models)
+            _check_names(f"model of arm {name!r}", arm.models, MODELS)
             if arm.tuned_as:
                 _check_names(f"tuned_as of arm {name!r}", [arm.tuned_as], [_BASE, *self.methods])
                 self._check_tuned_as(name, arm, self.arm(arm.tuned_as))
@@ -230,7 +240,7 @@ class Study:
 
     def _check_search(self, search: Search) -> None:
         """Every arm has something to tune, every option is known, and every value is one that it may have."""
-        _check_names("model, method or arm in search.of", search.of, [*self.models, *METHODS, *self.arms])
+        _check_names("model, method or arm in search.of", search.of, [*MODELS, *METHODS, *self.arms])
         first = next(iter(self.datasets)), self.models[0]
         for table in (search.space, *search.of.values()):
             for key, values in read_space(table).items():

@@ -30,7 +30,7 @@ SPACE = {
         ({"seeds": []}, "seed"),
         ({"seeds": [1, 2, -1]}, "seeds of at least 0.*-1"),
         ({"datasets": {"x": {"world": {}, "seeds": [3, 3]}}}, "seeds.*differ"),
-        ({"overrides": {"dcn": {}}}, "mlp"),
+        ({"overrides": {"dcm": {}}}, "overrides of a model.*'dcm'.*'dcn'"),
         ({"config": {"modle": {}}}, "model"),
         ({"config": {"model": {"name": "dcn"}}}, "model.name.*'dcn'"),
         ({"datasets": {"x": {"source": "movielens-1m", "folder": "y"}}}, "exactly one"),
@@ -46,7 +46,7 @@ SPACE = {
         ({"arms": {"base": {"method": "base", "models": ["mlp"]}}}, "name that no model.*'base'"),
         ({"arms": {"mlp": {"method": "joint"}}}, "name that no model.*'mlp'"),
         ({"arms": {"truth": {"method": "joint"}}}, "'truth'"),
-        ({"arms": {"a": {"method": "joint", "models": ["dcn"]}}}, "model of arm 'a'.*'dcn'.*'mlp'"),
+        ({"arms": {"a": {"method": "joint", "models": ["mpl"]}}}, "model of arm 'a'.*'mpl'.*'mlp'"),
         ({"arms": {"a": {"method": "joint", "tuned_as": "b"}}}, "tuned_as of arm 'a'.*'b'"),
         ({"arms": {"a": {"method": "joint", "tuned_as": "base"}}}, "same method.*'base'"),
         (
@@ -130,6 +130,21 @@ def test_options_are_merged_key_by_key(study: Any) -> None:
     arm = plan.config_of("world", "mlp", "t4").train
     assert (arm.adapter.temperature, arm.joint.fit.batch_size) == (4, 64)
     assert plan.config_of("world", "mlp").train.adapter.temperature == 16
+
+
+def test_fewer_models_leave_the_rest_of_a_file_as_it_is(study: Any) -> None:
+    arms = {"wide": {"method": "joint", "models": ["dcn"]}, "t4": {"method": "joint"}}
+    overrides = {"dcn": {"model": {"dropout": 0.5}}}
+    search = {"space": SPACE, "of": {"dcn": {"model.dropout": [0.0, 0.5]}}}
+    plan = study(models=["mlp"], methods=["wide", "t4"], arms=arms, overrides=overrides, search=search)
+    assert plan.arms_of("mlp") == ("base", "t4")
+
+
+def test_a_study_of_some_of_its_datasets(study: Any) -> None:
+    plan = study(datasets={"a": {"folder": "x"}, "b": {"folder": "y"}})
+    assert list(plan.only(["b"]).datasets) == ["b"]
+    with pytest.raises(ConfigError, match=r"unknown dataset.*'c'.*'a', 'b'"):
+        plan.only(["a", "c"])
 
 
 def test_a_device_is_that_of_all_stages_and_changes_no_result(study: Any) -> None:
