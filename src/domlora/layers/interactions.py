@@ -148,7 +148,8 @@ class CIN(nn.Module):
         first = x.transpose(1, 2).contiguous()  # (B, E, F): channels last, as a Linear reads them
         hidden, outputs = first, []
         for i, layer in enumerate(self.layers):
-            outer = (first.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(2)  # (B, E, F, H) -> (B, E, F * H)
+            # a matmul, because its gradient is two more, where that of a product is two sums over (B, E, F, H)
+            outer = torch.matmul(first.unsqueeze(-1), hidden.unsqueeze(-2)).flatten(2)  # (B, E, F, H) -> (B, E, F * H)
             hidden = direct = torch.relu(layer(outer))  # (B, E, units)
             if self.split_half and i < len(self.kept):
                 hidden, direct = hidden.tensor_split([self.kept[i]], dim=-1)
