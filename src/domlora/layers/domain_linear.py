@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domlora.layers.grouped import grouped_linear
+
 __all__ = ["DomainLinear", "DomainRows", "StarLinear", "row_by_row"]
+
+Unknown = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 class DomainRows:
@@ -45,12 +49,44 @@ class DomainRows:
         self.present = present[1:] if self.unknown else present
         self.sizes = sizes.tolist() or [0]
 
-    def linear(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-        """``(B, ..., in)`` to ``(B, ..., out)``: each group with its weight ``(out, in)`` and bias ``(out,)``."""
-        if self.order is not None:
-            x = x.index_select(0, self.order)
-        groups = zip(torch.split(x, list(self.sizes)), weights, biases, strict=True)
-        y = torch.cat([F.linear(part, weight, bias) for part, weight, bias in groups])
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each group."""
+        return torch.split(self._sorted(x), list(self.sizes))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What was made of each group's rows, in the batch's order."""
+        return self._unsorted(torch.cat(list(parts)))
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        unknown: Unknown,
+        scale: Tensor | None = None,
+        sparse: bool = False,
+    ) -> Tensor:
+        """``(B, ..., in)`` to ``(B, ..., out)``: :func:`grouped_linear` with the weights of each domain.
+
+        ``unknown`` gives the weight ``(out, in)`` and the bias of rows of domain -1, if there are any.
+        """
+        places, sizes, x = self.present.tolist(), self.sizes, self._sorted(x)
+        if not self.unknown:
+            return self._unsorted(grouped_linear(x, weight, bias, places, sizes, scale, sparse))
+        parts = [F.linear(x[: sizes[0]], *unknown())]
+        if places:
+            parts.append(grouped_linear(x[sizes[0] :], weight, bias, places, sizes[1:], scale, sparse))
+        return self.join(parts)
+
+    def linear_of_groups(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same with a weight ``(N, out, in)`` and a bias ``(N, out)`` for each group, that of domain -1 first."""
+        places = range(len(self.sizes))
+        return self._unsorted(grouped_linear(self._sorted(x), weight.flatten(1), bias, places, self.sizes))
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def _unsorted(self, y: Tensor) -> Tensor:
         return y if self.inverse is None else y.index_select(0, self.inverse)
 
 
@@ -89,12 +125,10 @@ class DomainLinear(nn.Module):
             weight = torch.where(known, self.weight[own], self.weight.mean(0))
             bias = torch.where(known, self.bias[own], self.bias.mean(0))
             return row_by_row(x, self._matrices(weight), bias)
-        weights: Sequence[Tensor] = self._matrices(F.embedding(self.rows.present, self.weight)).unbind()
-        biases: Sequence[Tensor] = F.embedding(self.rows.present, self.bias).unbind()
-        if self.rows.unknown:
-            mean = self._matrices(self.weight.mean(0)).squeeze(0)
-            weights, biases = (mean, *weights), (self.bias.mean(0), *biases)
-        return self.rows.linear(x, weights, biases)
+        return self.rows.linear(x, self.weight, self.bias, self._mean)
+
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        return self._matrices(self.weight.mean(0)).squeeze(0), self.bias.mean(0)
 
     def _matrices(self, weight: Tensor) -> Tensor:
         return weight.view(-1, self.out_features, self.in_features)
@@ -130,10 +164,8 @@ class StarLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._row_by_row(x)
-        weights, biases = self._of_domains(self.rows.present)
-        if self.rows.unknown:
-            weights, biases = (self.weight, *weights), (self.bias, *biases)
-        return self.rows.linear(x, weights, biases)
+        weight, bias = self.domain_weight, self.domain_bias
+        return self.rows.linear(x, weight, bias, lambda: (self.weight, None), self.weight, self.sparse) + self.bias
 
     def plain(self, domain: int) -> nn.Linear:
         """What this layer is for one domain: ``W = W_s ⊙ W_d``, ``b = b_s + b_d``."""
@@ -142,12 +174,6 @@ class StarLinear(nn.Linear):
             layer.weight.copy_(self.weight * self.domain_weight[domain].view_as(self.weight))
             layer.bias.copy_(self.bias + self.domain_bias[domain])
         return layer.requires_grad_(self.weight.requires_grad)
-
-    def _of_domains(self, domains: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The weight (out, in) and the bias (out,) of each domain."""
-        scale = F.embedding(domains, self.domain_weight, sparse=self.sparse).view(-1, *self.weight.shape)
-        shift = F.embedding(domains, self.domain_bias, sparse=self.sparse)
-        return (self.weight * scale).unbind(), (self.bias + shift).unbind()
 
     def _row_by_row(self, x: Tensor) -> Tensor:
         known = (self.rows.domain >= 0).unsqueeze(1)

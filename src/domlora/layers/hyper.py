@@ -76,7 +76,7 @@ class GeneratedLinear(nn.Linear):
         weight, bias = self._generated(self.rows.vectors())
         if torch.compiler.is_compiling():
             return row_by_row(x, weight, bias)
-        return self.rows.linear(x, weight.unbind(), bias.unbind())
+        return self.rows.linear_of_groups(x, weight, bias)
 
     def plain(self, domain: int) -> nn.Linear:
         """What this layer is for one domain."""

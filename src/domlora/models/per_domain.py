@@ -68,13 +68,9 @@ class PerDomain(nn.Module):
             return self._choose(ids, dense, domain, own)
         rows = DomainRows()
         rows.group_(torch.where(own, domain, -1))
-        columns = (ids, dense, domain)
-        if rows.order is not None:
-            ids, dense, domain = (column.index_select(0, rows.order) for column in columns)
         groups = [*([-1] if rows.unknown else []), *rows.present.tolist()]
-        parts = zip(*(torch.split(column, list(rows.sizes)) for column in (ids, dense, domain)), strict=True)
-        logit = torch.cat([self._answer(group, *part) for group, part in zip(groups, parts, strict=True)])
-        return logit if rows.inverse is None else logit.index_select(0, rows.inverse)
+        parts = zip(*map(rows.split, (ids, dense, domain)), strict=True)
+        return rows.join([self._answer(group, *part) for group, part in zip(groups, parts, strict=True)])
 
     def _answer(self, group: int, *row: Tensor) -> Tensor:
         """Logits of rows of one domain, or of unknown ones (-1)."""

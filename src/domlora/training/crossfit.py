@@ -208,10 +208,6 @@ class _Crossed(nn.Module):
     def forward(self, ids: Tensor, dense: Tensor, domain: Tensor) -> Tensor:
         rows = DomainRows()
         rows.group_(fold_of(ids, self.num_folds))
-        columns: tuple[Tensor, ...] = (ids, dense, domain)
-        if rows.order is not None:
-            columns = tuple(column.index_select(0, rows.order) for column in columns)
-        parts = zip(*(torch.split(column, list(rows.sizes)) for column in columns), strict=True)
+        parts = zip(*map(rows.split, (ids, dense, domain)), strict=True)
         tables = [self.tables[fold] for fold in rows.present.tolist()]
-        logit = torch.cat([functional_call(self.model, its, part) for its, part in zip(tables, parts, strict=True)])
-        return logit if rows.inverse is None else logit.index_select(0, rows.inverse)
+        return rows.join([functional_call(self.model, its, part) for its, part in zip(tables, parts, strict=True)])

@@ -67,10 +67,10 @@ def test_generated_weights(domain, middle, compiled, monkeypatch):
 def test_weights_are_made_once_a_domain(monkeypatch):
     layer, made = stir(GeneratedLinear(4, 6, make_rows(1000))), []
     addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda bias, a, b: made.append(len(a)) or addmm(bias, a, b))
+    monkeypatch.setattr(torch, "addmm", lambda *args, **out: made.append(len(args[1])) or addmm(*args, **out))
     layer.rows.group_(DOMAIN)
     layer(torch.randn(7, 4, dtype=torch.float64))
-    assert made == [4, 4]  # -1, 0, 2 and 3; weights, then biases
+    assert made == [4, 4, 2, 2, 2, 1]  # weights of -1, 0, 2 and 3, then biases, then their rows
 
 
 def test_no_rows():
