@@ -63,9 +63,9 @@ class Mortal:
         return self.data.fingerprint()
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, **order: Any
     ) -> Iterator[Batch]:
-        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch, start=start):
+        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch, **order):
             if split == "train":
                 self.left -= 1
                 if self.left < 0:

@@ -74,6 +74,7 @@ class Dataset:
         self._streams: dict[str, Stream] = {}
         self._streamed: set[str] = set()
         self._checked: set[Path] = set()
+        self._digest = ""
 
     @classmethod
     def open(cls, folder: Path | str, *, memory_bytes: int = 2 << 30, in_memory: bool | None = None) -> Self:
@@ -209,6 +210,10 @@ class Dataset:
         if self._folder is not None:
             order = f"train in windows of {WINDOW_ROWS} rows, {WINDOW_BYTES} bytes" if "train" in self._streamed else ""
             return hashlib.sha256((self._folder / "manifest.json").read_bytes() + order.encode()).hexdigest()
+        self._digest = self._digest or self._digest_of_rows()  # a model for each domain asks once a domain
+        return self._digest
+
+    def _digest_of_rows(self) -> str:
         digest = hashlib.sha256((self._encoder or self.schema).fingerprint().encode())
         for split in SPLITS:
             for name, column in self._read[split]._asdict().items():

@@ -179,10 +179,19 @@ class _OtherFolds:
         return self.train.num_rows if split == "train" else self.data.num_rows(split)
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        sort_by_domain: bool = True,
+        start: int = 0,
     ) -> Iterator[Batch]:
         if split != "train":
-            return self.data.batches(split, batch_size, seed=seed, epoch=epoch, start=start)
+            return self.data.batches(
+                split, batch_size, seed=seed, epoch=epoch, sort_by_domain=sort_by_domain, start=start
+            )
         return batches_of(self.train, batch_size, seed=seed, epoch=epoch, start=start)
 
     def fingerprint(self) -> str:

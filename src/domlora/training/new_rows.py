@@ -70,7 +70,14 @@ class NewRows:
         return self._read[split]
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        sort_by_domain: bool = True,  # noqa: ARG002 - there is one
+        start: int = 0,
     ) -> Iterator[Batch]:
         return batches_of(self.read(split), batch_size, seed=seed, epoch=epoch, start=start)
 

@@ -62,11 +62,20 @@ class WithReplay:
         return rows + self.steps * self.old_size if split == "train" else rows
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        sort_by_domain: bool = True,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """As ``Dataset.batches``; training batches have the size that was said before."""
         if split != "train":
-            yield from self.day.batches(split, batch_size, seed=seed, epoch=epoch, start=start)
+            yield from self.day.batches(
+                split, batch_size, seed=seed, epoch=epoch, sort_by_domain=sort_by_domain, start=start
+            )
             return
         if batch_size != self.batch_size:
             raise DataError(f"training batches have {self.batch_size} rows", received=batch_size)

@@ -57,10 +57,10 @@ class Watched:
         return self.data.fingerprint()
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0, **order: Any
     ) -> Iterator[Batch]:
         self.asked.append((split, seed, epoch))
-        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch, start=start):
+        for batch in self.data.batches(split, batch_size, seed=seed, epoch=epoch, **order):
             if split == "train":
                 if self.kill_after is not None and len(self.sizes) >= self.kill_after:
                     raise KilledError
