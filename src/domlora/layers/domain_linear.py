@@ -32,6 +32,8 @@ class DomainRows:
     sizes: Sequence[int] = ()
     """Rows of each group; the first group is that of domain -1 if ``unknown``, the others those of ``present``."""
     present: Tensor
+    places: list[int]
+    """``present`` as numbers, read from the device once a batch and not once a layer."""
     unknown: bool = False
 
     def group_(self, domain: Tensor) -> None:
@@ -47,6 +49,7 @@ class DomainRows:
             present, sizes = torch.unique_consecutive(domain[self.order], return_counts=True)
         self.unknown = len(present) == 0 or bool(present[0] < 0)
         self.present = present[1:] if self.unknown else present
+        self.places = self.present.tolist()
         self.sizes = sizes.tolist() or [0]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +73,7 @@ class DomainRows:
 
         ``unknown`` gives the weight ``(out, in)`` and the bias of rows of domain -1, if there are any.
         """
-        places, sizes, x = self.present.tolist(), self.sizes, self._sorted(x)
+        places, sizes, x = self.places, self.sizes, self._sorted(x)
         if not self.unknown:
             return self._unsorted(grouped_linear(x, weight, bias, places, sizes, scale, sparse))
         parts = [F.linear(x[: sizes[0]], *unknown())]

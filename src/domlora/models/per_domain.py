@@ -68,7 +68,7 @@ class PerDomain(nn.Module):
             return self._choose(ids, dense, domain, own)
         rows = DomainRows()
         rows.group_(torch.where(own, domain, -1))
-        groups = [*([-1] if rows.unknown else []), *rows.present.tolist()]
+        groups = [*([-1] if rows.unknown else []), *rows.places]
         parts = zip(*map(rows.split, (ids, dense, domain)), strict=True)
         return rows.join([self._answer(group, *part) for group, part in zip(groups, parts, strict=True)])
 

@@ -218,5 +218,5 @@ class _Crossed(nn.Module):
         rows = DomainRows()
         rows.group_(fold_of(ids, self.num_folds))
         parts = zip(*map(rows.split, (ids, dense, domain)), strict=True)
-        tables = [self.tables[fold] for fold in rows.present.tolist()]
+        tables = [self.tables[fold] for fold in rows.places]
         return rows.join([functional_call(self.model, its, part) for its, part in zip(tables, parts, strict=True)])

@@ -167,13 +167,14 @@ def test_own_experts_see_the_rows_of_their_domain_alone(schema, rows, monkeypatc
     model = build_model("ple", schema, **SMALL, num_own_experts=1)
     ids, dense, domain = rows(30)
     seen = []
-    addmm = torch.addmm
+    linear, addmm = torch.nn.functional.linear, torch.addmm
     layer = model.own_experts[0][0][0]
-    layer.register_forward_pre_hook(
-        lambda *_: monkeypatch.setattr(
-            torch, "addmm", lambda *args, out: seen.append(len(args[1])) or addmm(*args, out=out)
-        )
-    )
-    layer.register_forward_hook(lambda *_: monkeypatch.setattr(torch, "addmm", addmm))
+
+    def watch(*_):
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: seen.append(len(args[0])) or linear(*args))
+        monkeypatch.setattr(torch, "addmm", lambda *args, out: seen.append(len(args[1])) or addmm(*args, out=out))
+
+    layer.register_forward_pre_hook(watch)
+    layer.register_forward_hook(lambda *_: monkeypatch.undo())
     model(ids, dense, domain)
-    assert seen == [int((domain == d).sum()) for d in (0, 1, 2)]
+    assert seen == [int((domain == d).sum()) for d in (-1, 0, 1, 2)]
