@@ -81,7 +81,8 @@ def run_study(
 
     Args:
         raw: where raw files lie, see ``domlora prepare``.
-        jobs: processes, each with its share of the cores. Results depend on neither, up to float rounding.
+        jobs: processes, each with its share of torch's threads (``OMP_NUM_THREADS``, else the cores). Results depend on
+            neither, up to float rounding.
         command: what was typed to get here; the report shows it.
         on_result: called with each result line, old ones first.
         on_found: called with what each search found, old ones too.
@@ -98,7 +99,7 @@ def run_study(
     specs = {name: _prepared(name, spec, folder, raw) for name, spec in study.datasets.items()}
     _check_models(study, specs)
     tuned = Tuned() if study.search is None else tune(study, specs, folder, jobs=jobs, on_found=on_found or _ignore)
-    tasks = list(_tasks(study, specs, folder, tuned, threads=max((os.cpu_count() or 1) // jobs, 1)))
+    tasks = list(_tasks(study, specs, folder, tuned, threads=max(torch.get_num_threads() // jobs, 1)))
     write_facts(study, folder, command, _planned(tasks))
     failed = []
     for line in in_processes(_run, tasks, jobs):

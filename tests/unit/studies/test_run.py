@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from domlora.config import Config, parse
 from domlora.errors import ConfigError, EngineError
@@ -75,6 +76,16 @@ def test_two_processes_give_what_one_gives(study: Any, tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     assert all(abs(one[key] - two[key]) < 1e-3 for key in one)  # threads may round sums in another order
     assert not list((tmp_path / "two").glob("checkpoints/*"))
+
+
+def test_threads_are_those_that_the_caller_has(study: Any, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        run_study(study(methods=["base"]), tmp_path)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_each_seed_is_a_world_of_its_own(study: Any, tmp_path: Path) -> None:
