@@ -107,7 +107,7 @@ class World:
         matrix, hidden_bias, readout, offset = self._teacher()
         logit = torch.empty(len(dense), dtype=torch.float64)
         sizes = torch.bincount(domain, minlength=self.num_domains).tolist()
-        for number, rows in enumerate(torch.argsort(domain, stable=True).split(sizes)):
+        for number, rows in enumerate(torch.split(torch.argsort(domain, stable=True), sizes)):
             hidden = _activate(dense[rows].double() @ matrix[number].T + hidden_bias)
             logit[rows] = hidden @ readout + offset[number]
         return logit

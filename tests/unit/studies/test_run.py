@@ -78,14 +78,12 @@ def test_two_processes_give_what_one_gives(study: Any, tmp_path: Path) -> None:
     assert not list((tmp_path / "two").glob("checkpoints/*"))
 
 
-def test_threads_are_those_that_the_caller_has(study: Any, tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(before + 1)
-        run_study(study(methods=["base"]), tmp_path)
-        assert torch.get_num_threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
+def test_threads_are_those_that_torch_was_given(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    run_study(study(methods=["base"]), tmp_path)
+    assert set(asked) == {7}
 
 
 def test_each_seed_is_a_world_of_its_own(study: Any, tmp_path: Path) -> None:
