@@ -4,7 +4,8 @@
     python benchmarks/grouped.py --device cuda
 
 A training step's forward and backward pass of three such layers, 24-256-128-64, rows of domains drawn uniformly, one
-thread; no optimizer. On a GPU the library takes one batched product a layer. Ratios of interleaved rounds, median [10th, 90th percentile].
+thread; no optimizer. On a GPU the library takes one batched product a layer. Ratios of interleaved rounds, median
+[10th, 90th percentile].
 """
 
 from __future__ import annotations

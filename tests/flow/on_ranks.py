@@ -80,7 +80,7 @@ def train_until(out: Path, data: Dataset, rank: int, last: int) -> None:
     model = attach_(build_model(schema=data.schema, name="deepfm", dropout=0.0), 4, temperature=8)
     rules = OptimizerOptions(tables=Rule("lazy_adam"), adapters=Rule("lazy_adam"))
     options = FitOptions(batch_size=100, max_epochs=4)
-    found = fit(model, data, options, rules, checkpoint=out / "checkpoint", on_progress=stop)
+    found = fit(model, data, options, rules, checkpoint=out / "checkpoint", checkpoint_every_s=0.0, on_progress=stop)
     write(out / "whole.safetensors", model, found, rank)
 
 

@@ -61,8 +61,8 @@ def train_until(out: Path, data: Dataset, rank: int, last: int) -> None:
             raise SystemExit
 
     model, options = made("joint", data), FitOptions(batch_size=73, max_epochs=4)
-    rules, checkpoint = rules_of("joint", FUSED), out / "checkpoint"
-    found = fit(model, data, options, rules, checkpoint=checkpoint, on_progress=stop, kind=FusedRun)
+    rules, kept = rules_of("joint", FUSED), {"checkpoint": out / "checkpoint", "checkpoint_every_s": 0.0}
+    found = fit(model, data, options, rules, **kept, on_progress=stop, kind=FusedRun)
     write(out / "whole.safetensors", model, found, rank)
 
 

@@ -38,6 +38,9 @@ __all__ = ["Fit", "FitOptions", "OnProgress", "Progress", "Rows", "Run", "Watche
 Monitor = Literal["wauc", "macro_auc"]
 Schedule = Literal["constant", "cosine"]
 
+_APART_S = 1.0
+"""Between checkpoints where validations follow faster: a model for each of many small domains trains nearly twice as fast."""
+
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
@@ -102,8 +105,8 @@ def fit(
         data: has splits ``train`` and ``valid``.
         start_is_candidate: the weights before the first step may win too, so that an adapted model is never worse on
             validation than its base.
-        checkpoint: a folder that is rewritten after each validation and, in long epochs, in between; if it is there already
-            the run goes on from it and ends with the bits of an uninterrupted one.
+        checkpoint: a folder that is rewritten after validations, at most once a second, at the end and, in long epochs, in
+            between; if it is there already the run goes on from it and ends with the bits of an uninterrupted one.
         checkpoint_every_s: how old a checkpoint becomes at the most; 0 writes one after each step.
         on_progress: called about ten times a second; a :class:`Watcher` is told of validations too.
         kind: a :class:`Run` of another kind.
@@ -202,7 +205,8 @@ class Run:
                 self.judge(self.model, 0.0, math.nan)
         while not self.ended:
             self.advance()
-            self.save()
+            if self.ended or self.is_older(min(_APART_S, self.checkpoint_every_s)):
+                self.save()
         self.model.load_state_dict(self.best)
         self.model.to(self.home).eval()
         return self.result
@@ -267,13 +271,12 @@ class Run:
         if now - self.shown > 0.1 and rows < self.rows_per_epoch:  # the end is told with its validation
             self.shown = now
             self.show(epoch, rows, done.loss / done.rows, done.rows / done.seconds)
-        if self.is_old:
+        if self.is_older(self.checkpoint_every_s):
             self.save()
 
-    @property
-    def is_old(self) -> bool:
-        """Whether the checkpoint should be written anew."""
-        return time.perf_counter() - self.saved >= self.checkpoint_every_s
+    def is_older(self, seconds: float) -> bool:
+        """Whether the checkpoint was written, or the run begun, so long ago."""
+        return time.perf_counter() - self.saved >= seconds
 
     def save(self) -> None:
         if self.checkpoint is not None and not self.engine.rank:  # all ranks have the same to save

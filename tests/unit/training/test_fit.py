@@ -431,9 +431,15 @@ def test_when_a_checkpoint_is_written(
     monkeypatch.setattr("domlora.training.fit.write_checkpoint", watched)
     how = replace(QUICK, batch_size=450, max_epochs=2)
     digests = set()
-    for every_s, expected in ((600.0, [(1, 0), (2, 0)]), (0.0, [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)])):
+    cases = (
+        (600.0, 0.0, [(1, 0), (2, 0)]),
+        (600.0, 60.0, [(2, 0)]),
+        (0.0, 60.0, [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]),
+    )
+    for every_s, apart_s, expected in cases:
         written.clear()
-        found = fit(click(), data, how, FAST, checkpoint=tmp_path / f"{every_s}", checkpoint_every_s=every_s)
+        monkeypatch.setattr("domlora.training.fit._APART_S", apart_s)
+        found = fit(click(), data, how, FAST, checkpoint=tmp_path / f"{every_s} {apart_s}", checkpoint_every_s=every_s)
         digests.add(figures(found))
         assert written == expected
     assert len(digests) == 1

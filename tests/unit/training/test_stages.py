@@ -119,8 +119,10 @@ from pathlib import Path
 import torch
 from domlora.config import Config, parse
 from domlora.data.synthetic import World
+from domlora.training import fit
 from domlora.training.stages import pretrain
 
+fit._APART_S = 0.0
 torch.set_num_threads(int(sys.argv[1]))
 data = World(num_domains=3, num_dense=4, hidden_units=8).dataset(1500, seed=0)[0]
 table, model = json.loads(sys.argv[3])

@@ -90,10 +90,9 @@ class FusedRun(Run):
         """The same as the ranks have it together; blocks that are not contiguous are copied."""
         return {name: self.tables.whole(name.partition("/")[2], block) for name, block in self.blocks().items()}
 
-    @property
-    def is_old(self) -> bool:
+    def is_older(self, seconds: float) -> bool:
         """What the first rank's clock says, because all of them write."""
-        return self.checkpoint is not None and self.engine.first_says(super().is_old)
+        return self.checkpoint is not None and self.engine.first_says(super().is_older(seconds))
 
     def check(self) -> None:
         super().check()
