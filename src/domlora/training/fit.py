@@ -39,7 +39,7 @@ Monitor = Literal["wauc", "macro_auc"]
 Schedule = Literal["constant", "cosine"]
 
 _APART_S = 1.0
-"""Between checkpoints where validations follow faster: a model for each of many small domains trains nearly twice as fast."""
+"""Between checkpoints where validations follow faster: a model for each small domain then trains nearly twice as fast."""
 
 
 @dataclass(frozen=True, slots=True)
