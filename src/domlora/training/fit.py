@@ -38,8 +38,7 @@ __all__ = ["Fit", "FitOptions", "OnProgress", "Progress", "Rows", "Run", "Watche
 Monitor = Literal["wauc", "macro_auc"]
 Schedule = Literal["constant", "cosine"]
 
-_APART_S = 1.0
-"""Between checkpoints where validations follow faster: a model for each small domain then trains nearly twice as fast."""
+_APART_S = 1.0  # between checkpoints where validations follow faster: small domains train nearly twice as fast
 
 
 @dataclass(frozen=True, slots=True)
