@@ -15,6 +15,7 @@ from domlora.data.dataset import Dataset
 from domlora.features.batch import Batch
 from domlora.features.schema import Feature, Schema
 from domlora.models.build import build_model
+from domlora.training import fit as loop
 from domlora.training.distributed.ranks import joined
 from domlora.training.engine import Engine
 from domlora.training.fit import Fit, FitOptions, Progress, fit
@@ -76,11 +77,12 @@ def train_until(out: Path, data: Dataset, rank: int, last: int) -> None:
         if progress.epoch == last and progress.rows == progress.total_rows:
             raise SystemExit
 
+    loop._APART_S = 0.0  # epochs are shorter than a second
     torch.manual_seed(1)
     model = attach_(build_model(schema=data.schema, name="deepfm", dropout=0.0), 4, temperature=8)
     rules = OptimizerOptions(tables=Rule("lazy_adam"), adapters=Rule("lazy_adam"))
     options = FitOptions(batch_size=100, max_epochs=4)
-    found = fit(model, data, options, rules, checkpoint=out / "checkpoint", checkpoint_every_s=0.0, on_progress=stop)
+    found = fit(model, data, options, rules, checkpoint=out / "checkpoint", on_progress=stop)
     write(out / "whole.safetensors", model, found, rank)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from domlora.adapters.attach import AdapterOptions, attach_, freeze_
 from domlora.data.dataset import Dataset
 from domlora.models.build import build_model
+from domlora.training import fit as loop
 from domlora.training.distributed.fused import FusedRun
 from domlora.training.distributed.ranks import joined
 from domlora.training.engine import Engine
@@ -60,9 +61,10 @@ def train_until(out: Path, data: Dataset, rank: int, last: int) -> None:
         if progress.epoch == last and progress.rows == progress.total_rows:
             raise SystemExit
 
+    loop._APART_S = 0.0  # epochs are shorter than a second
     model, options = made("joint", data), FitOptions(batch_size=73, max_epochs=4)
-    rules, kept = rules_of("joint", FUSED), {"checkpoint": out / "checkpoint", "checkpoint_every_s": 0.0}
-    found = fit(model, data, options, rules, **kept, on_progress=stop, kind=FusedRun)
+    rules, checkpoint = rules_of("joint", FUSED), out / "checkpoint"
+    found = fit(model, data, options, rules, checkpoint=checkpoint, on_progress=stop, kind=FusedRun)
     write(out / "whole.safetensors", model, found, rank)
 
 
