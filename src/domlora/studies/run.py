@@ -98,8 +98,9 @@ def run_study(
         folder.mkdir(parents=True, exist_ok=True)
     specs = {name: _prepared(name, spec, folder, raw) for name, spec in study.datasets.items()}
     _check_models(study, specs)
+    threads = max(torch.get_num_threads() // jobs, 1)  # before the search, which takes one thread a trial
     tuned = Tuned() if study.search is None else tune(study, specs, folder, jobs=jobs, on_found=on_found or _ignore)
-    tasks = list(_tasks(study, specs, folder, tuned, threads=max(torch.get_num_threads() // jobs, 1)))
+    tasks = list(_tasks(study, specs, folder, tuned, threads=threads))
     write_facts(study, folder, command, _planned(tasks))
     failed = []
     for line in in_processes(_run, tasks, jobs):
@@ -226,7 +227,7 @@ def _train(task: _Task, data: Dataset, arm: _Arm, key: str) -> dict[str, Any]:
         made = train_once(task.folder, data, arm.kind, arm.config, task.seed, checkpoint=state)
         if arm.kind == "base":
             keep_base(task.folder, data, arm.config, task.seed, made)
-    said = predict(made.model, data.batches("test", 16384))
+        said = predict(made.model, data.batches("test", 16384))  # a run killed here has its training left
     sizes = count_parameters(made.model)
     more = parameters_per_domain(made.model, made.model_options, data.schema)
     return {**_summary(said, data), **_training(made.fit), **sizes, "params_per_domain": more}
